@@ -1,0 +1,56 @@
+# spa-lite. `make run` aligns the built-in lesson model; `make help` lists the rest.
+# ARGS goes on to the program: make run ARGS="--rounds 1", make test ARGS="-k judge -x".
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-long lint fix bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+run: $(VENV)/run.stamp ## the built-in lesson, from seed pairs to report
+	$(VENV)/bin/spa-lite run $(ARGS)
+
+test: $(VENV)/dev.stamp ## the tests that take seconds
+	$(VENV)/bin/python -m pytest -m "not long" $(ARGS)
+
+test-long: $(VENV)/dev.stamp ## the tests that take minutes
+	$(VENV)/bin/python -m pytest -m long $(ARGS)
+
+lint: $(VENV)/dev.stamp ## style, format and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+fix: $(VENV)/dev.stamp ## mend style and format in place
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/dev.stamp ## the benchmarks, one after the other
+	@for file in $(sort $(wildcard benchmarks/bench_*.py)); do \
+		echo "== $$file"; $(VENV)/bin/python $$file $(ARGS) || exit 1; done
+
+clean: ## remove the environment, builds and caches (runs stay)
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment is made once, and again when a requirement changes; after that no network is needed.
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "spa-lite needs Python 3.11, 3.12 or 3.13, and none was found." \
+		"Install one, or name it: make run PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing spa-lite into $(VENV): about 1.5 GB, once."
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing spa-lite and its development tools into $(VENV): about 1.5 GB, once."
+	$(PIP) --editable ".[dev]"
+	@touch $@ $(VENV)/run.stamp

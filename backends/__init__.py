@@ -1,0 +1,71 @@
+"""Where a model lives. One module per framework; none is imported before it is asked for.
+
+A new backend is one file here, one row in `TABLE`, and one extra in pyproject.toml. A backend outside this
+package needs none of that: pass "module:Class" as its name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import platform
+import sys
+from dataclasses import dataclass
+
+from spa_lite.backend import Backend, ModelSettings
+from spa_lite.errors import BackendError, BackendMissing
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One backend: where its class is, which libraries it needs and which extra brings them."""
+
+    target: str
+    needs: tuple[str, ...]
+    extra: str | None
+
+
+TABLE = {
+    "toy": Entry("spa_lite.backends.toy:ToyBackend", (), None),
+    "torch": Entry("spa_lite.backends.torch:TorchBackend", ("torch", "transformers", "peft"), "torch"),
+}
+
+
+def missing(name: str) -> tuple[str, ...]:
+    """Libraries that the named backend needs and that are not installed. Imports none of them."""
+    return tuple(library for library in TABLE[name].needs if importlib.util.find_spec(library) is None)
+
+
+def choose(name: str | None = None) -> tuple[str, str]:
+    """Which backend to use, and why, in a few words. A given name is kept as it is."""
+    if name is not None and name != "auto":
+        return name, "asked for"
+    apple = sys.platform == "darwin" and platform.machine() == "arm64"
+    if apple and "mlx" in TABLE and not missing("mlx"):
+        return "mlx", "Apple silicon, and mlx is installed"
+    return "torch", "runs on every machine" if not apple else "mlx is not available"
+
+
+def load(name: str, settings: ModelSettings) -> Backend:
+    """Import the named backend (a row of `TABLE`, or "module:Class") and give it its model."""
+    target = name if ":" in name else _row(name).target
+    module, _, attribute = target.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise BackendMissing(f"backend {name!r} cannot be imported from {target}: {error}") from error
+    backend: Backend = found(settings)
+    return backend
+
+
+def _row(name: str) -> Entry:
+    if name not in TABLE:
+        near = difflib.get_close_matches(name, TABLE, n=1, cutoff=0.0)[0]
+        known = ", ".join(sorted(TABLE))
+        raise BackendError(f"there is no backend {name!r} (nearest: {near!r}; known: {known}; or pass 'module:Class')")
+    lacking = missing(name)
+    if lacking:
+        mend = f"pip install 'spa-lite[{TABLE[name].extra}]'"
+        raise BackendMissing(f"backend {name!r} needs {', '.join(lacking)}, not installed here: {mend}")
+    return TABLE[name]

@@ -1,0 +1,263 @@
+"""Named LoRA adapters on one frozen base, held by PEFT. A role is a switch between them, never a second model."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import nn
+
+from spa_lite import keys
+from spa_lite.backend import Lora
+from spa_lite.backends.torch_quiet import quiet
+from spa_lite.errors import ModelError
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+UNSUPPORTED = ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters")
+"""Kinds of adapter that hold or move whole weights of the base, which all roles share."""
+
+
+class Adapters:
+    """The adapters on one base model, by internal name. `use(None)` is the bare base."""
+
+    def __init__(self, model: nn.Module, base_name: str) -> None:
+        self.model = model
+        self.base_name = base_name
+        self.peft: PeftModel | None = None
+        self._layers: list[BaseTunerLayer] = []
+        self._active: str | None = None
+        self._made = 0
+        self._trained: str | None = None
+        model.requires_grad_(False)
+
+    def fresh(self, lora: Lora) -> str:
+        """A new adapter of zero effect: A from the seed and the module's name, B = 0."""
+        chosen = linear_layers(self.model, lora.targets)
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT means a number
+            lora_dropout=0.0,
+            target_modules=short_names(self.model, chosen),
+            fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in chosen.values()),
+            task_type="CAUSAL_LM",
+        )
+        name = self._add(config)
+        with torch.no_grad():
+            for key, tensor in self.tensors(name).items():
+                module, _, matrix = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+                if matrix == "lora_A":
+                    tensor.copy_(torch.from_numpy(keys.lora_a(lora.seed, module, *tensor.shape)))
+                else:
+                    tensor.zero_()
+        return name
+
+    def load(self, folder: Path) -> str:
+        """An adapter from a PEFT folder, refused unless every tensor fits the base."""
+        config, stored = read_config(folder), read_weights(folder)
+        name = self._add(config, folder)
+        try:
+            self._fill(name, stored, folder)
+        except ModelError:
+            self.drop(name)
+            raise
+        return name
+
+    def clone(self, source: str) -> str:
+        """A frozen copy of an adapter."""
+        assert self.peft is not None
+        name = self._add(copy.deepcopy(self.peft.peft_config[source]))
+        theirs = self.tensors(source)
+        with torch.no_grad():
+            for key, tensor in self.tensors(name).items():
+                tensor.copy_(theirs[key])
+        return name
+
+    def save(self, name: str, folder: Path) -> None:
+        """Write the adapter in PEFT format, float32. The same adapter gives the same bytes."""
+        assert self.peft is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.peft.peft_config[name].to_dict()
+        config |= {"base_model_name_or_path": self.base_name, "inference_mode": True}
+        (folder / CONFIG).write_text(json.dumps(_plain(config), indent=2, sort_keys=True) + "\n")
+        tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in self.tensors(name).items()}
+        (folder / WEIGHTS).write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
+
+    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by the names they have in a PEFT file, sorted."""
+        assert self.peft is not None
+        found = {}
+        for path, parameter in self.peft.named_parameters():
+            parts = path.split(".")
+            if name in parts:
+                parts.remove(name)
+                key = ".".join(parts)
+                # PEFT keeps this one (DoRA) in a module but writes it without the module's ".weight"
+                found[key.removesuffix(".weight") if key.endswith("lora_magnitude_vector.weight") else key] = parameter
+        return dict(sorted(found.items()))
+
+    def use(self, name: str | None) -> None:
+        """Switch the base to this adapter.
+
+        PEFT's own `set_adapter` also flips `requires_grad`, which would cut a graph built under another
+        role; so the two fields that its layers read are set directly.
+        """
+        if name == self._active:
+            return
+        for layer in self._layers:
+            layer._disable_adapters = name is None
+            layer._active_adapter = [name] if name is not None else []
+        self._active = name
+
+    def train_only(self, name: str | None) -> list[nn.Parameter]:
+        """Give gradients to this adapter's parameters and to nothing else; return them in order of name."""
+        self._trained = name
+        self.model.requires_grad_(False)
+        parameters = list(self.tensors(name).values()) if name is not None else []
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        return parameters
+
+    def drop(self, name: str) -> None:
+        """Remove an adapter and free its memory."""
+        assert self.peft is not None
+        with quiet():
+            self.peft.delete_adapter(name)
+        self._settle(None if name == self._trained else self._trained)
+
+    def _add(self, config: LoraConfig, folder: Path | None = None) -> str:
+        name = f"spa{self._made}"
+        self._made += 1
+        try:
+            with quiet(), torch.random.fork_rng():
+                if self.peft is None:
+                    self.peft = get_peft_model(self.model, config, adapter_name=name)  # type: ignore[arg-type,assignment]
+                else:
+                    self.peft.add_adapter(name, config)
+        except (ValueError, RuntimeError, TypeError) as error:
+            origin = f"adapter {folder}" if folder else f"an adapter on {', '.join(config.target_modules or ())}"
+            raise ModelError(f"{origin} does not fit {self.base_name}: {_sentence(error)}") from error
+        for parameter in self.tensors(name).values():
+            parameter.data = parameter.data.float()
+        self._settle(self._trained)
+        return name
+
+    def _settle(self, trained: str | None) -> None:
+        """After PEFT has changed something: find its layers again, and undo what it did to roles and gradients."""
+        self._layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        self._active = "unknown"
+        self.use(None)
+        self.train_only(trained)
+        self.model.eval()
+
+    def _fill(self, name: str, stored: Mapping[str, torch.Tensor], folder: Path) -> None:
+        mine = self.tensors(name)
+        for key in [*(stored.keys() - mine.keys()), *(mine.keys() - stored.keys())]:
+            where = "the base has no place for it" if key in stored else "it is not in the file"
+            raise ModelError(f"adapter {folder} does not fit {self.base_name}: tensor {key}: {where}")
+        for key, tensor in mine.items():
+            if tensor.shape != stored[key].shape:
+                shapes = f"{list(stored[key].shape)} where the base needs {list(tensor.shape)}"
+                raise ModelError(f"adapter {folder} does not fit {self.base_name}: tensor {key} is {shapes}")
+        with torch.no_grad():
+            for key, tensor in mine.items():
+                tensor.copy_(stored[key])
+
+
+def linear_layers(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Module]:
+    """Linear layers by name whose name ends with a target; "all-linear": all but the output head."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linear = {name: module for name, module in _bare_modules(model) if _is_linear(module)}
+    if "all-linear" in targets:
+        return {name: module for name, module in linear.items() if module is not head}
+    for target in targets:
+        if not any(_ends(name, target) for name in linear):
+            kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise ModelError(f"no linear layer of this model is named {target!r}: it has {kinds}")
+    return {name: module for name, module in linear.items() if any(_ends(name, target) for target in targets)}
+
+
+def short_names(model: nn.Module, chosen: Mapping[str, nn.Module]) -> list[str]:
+    """Last parts of the chosen names if those pick exactly the chosen layers, else the full names."""
+    endings = sorted({name.rpartition(".")[2] for name in chosen})
+    picked = {name for name, _ in _bare_modules(model) if any(_ends(name, ending) for ending in endings)}
+    return endings if picked == set(chosen) else sorted(chosen)
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """The LoRA configuration in a PEFT folder, dropout off. Refuses what would change the shared base."""
+    if not (folder / CONFIG).is_file():
+        raise ModelError(f"{folder} is no adapter folder: it has no {CONFIG}")
+    try:
+        raw = json.loads((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise ModelError(f"{folder / CONFIG} is not JSON: {error}") from error
+    if raw.get("peft_type") != "LORA":
+        raise ModelError(f"{folder} holds a {raw.get('peft_type')} adapter; only LORA adapters can be used")
+    held = [name for name in UNSUPPORTED if raw.get(name)] + (["bias"] if raw.get("bias", "none") != "none" else [])
+    if isinstance(raw.get("init_lora_weights"), str) and raw["init_lora_weights"] not in ("gaussian", "orthogonal"):
+        held.append(f"init_lora_weights={raw['init_lora_weights']}")
+    if held:
+        raise ModelError(f"{folder} uses {', '.join(held)}, which changes the base all roles share: use plain LoRA")
+    with quiet():
+        config = LoraConfig.from_pretrained(str(folder))
+    config.lora_dropout, config.inference_mode, config.init_lora_weights = 0.0, False, True
+    return config
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter folder; safetensors only."""
+    path = folder / WEIGHTS
+    if not path.is_file() and (folder / PICKLE).is_file():
+        raise ModelError(f"{folder / PICKLE} is a pickle, which can run code when read: save it as {WEIGHTS}")
+    if not path.is_file():
+        raise ModelError(f"{folder} is no adapter folder: it has no {WEIGHTS}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is damaged: {_sentence(error)}") from error
+
+
+def _bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules as the base names them: PEFT's wrapper stands for the layer it wraps, its own parts are left out."""
+    wrapped: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(outer) for outer in wrapped):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            wrapped.append(name + ".")
+            yield name, module.get_base_layer()
+        else:
+            yield name, module
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def _sentence(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _plain(value: Any) -> Any:
+    """JSON types only; sets sorted, so that equal settings give equal bytes."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(_plain(item) for item in value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | type(None)) else str(getattr(value, "value", value))

@@ -1,0 +1,252 @@
+"""Loading a Hugging Face causal LM, and the two halves of its forward pass: hidden states, then the head."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from spa_lite.backend import ModelSettings
+from spa_lite.backends.torch_quiet import quiet
+from spa_lite.errors import BackendError, BackendMissing, ModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WHOLE = 64 * 2**20
+"""Weight files up to this size are digested whole; of larger ones the header and 64 blocks spread over the file."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What came out of a model folder or a hub name."""
+
+    model: Any
+    tokenizer: Any
+    eos_ids: frozenset[int]
+    device: torch.device
+    dtype: torch.dtype
+    weights_digest: str
+
+
+def load(settings: ModelSettings) -> Loaded:
+    """Model and tokenizer in evaluation mode, dropout off in the config too. Safetensors only, never pickle."""
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.dtype, device)
+    name = check_name(settings.model)
+    extra: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    with quiet():
+        config = _fetch(name, "config", lambda: AutoConfig.from_pretrained(name, **extra))
+        _no_dropout(config)
+        tokenizer = _fetch(name, "tokenizer", lambda: AutoTokenizer.from_pretrained(name, **extra))
+        extra |= {"config": config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        if settings.load_in_4bit:
+            extra |= {"quantization_config": _four_bit(device, dtype), "device_map": {"": device}}
+        model, info = _fetch(name, "weights", lambda: AutoModelForCausalLM.from_pretrained(name, **extra))
+        if info["missing_keys"]:
+            raise ModelError(f"the weights of {name} are incomplete: {sorted(info['missing_keys'])[0]} is missing")
+        eos_ids = _eos_ids(name, config, model)
+    # With a pad id set, transformers warns about batches without a mask; causal attention needs none on the right.
+    model.config.pad_token_id = None
+    if not settings.load_in_4bit:
+        model.to(device)
+    return Loaded(model.eval(), tokenizer, eos_ids, device, dtype, digest_weights(name, model))
+
+
+def pick_device(wanted: str) -> torch.device:
+    """auto: CUDA, then MPS, then CPU. A device that is not there is refused."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise BackendError(f"there is no device {wanted!r}: use auto, cpu, cuda, cuda:1 or mps") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BackendError(f"device {wanted!r} is not here: this PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise BackendError("device 'mps' is not here: it needs Apple silicon; use cpu or cuda")
+    return device
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 on CUDA devices that have it, float32 elsewhere."""
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if wanted not in DTYPES:
+        raise BackendError(f"there is no dtype {wanted!r}: use auto, {', '.join(DTYPES)}")
+    return DTYPES[wanted]
+
+
+def check_name(name: str) -> str:
+    """A folder that is there and holds safetensors, or a name that can be one on the hub."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} is no model folder: it has no config.json")
+        if not any(path.glob("*.safetensors")):
+            raise ModelError(f"{path} holds no *.safetensors weights: convert them with `save_pretrained` first")
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(f"there is no model folder {name}")
+    return name
+
+
+def _fetch(name: str, what: str, read: Callable[[], Any]) -> Any:
+    """Run one `from_pretrained`; whatever it raises becomes one sentence."""
+    try:
+        return read()
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:240]
+        if "trust_remote_code" in str(error):
+            raise ModelError(f"{name} brings its own code: add --trust-remote-code if you trust it") from error
+        if Path(name).is_dir():
+            raise ModelError(f"the {what} of {name} cannot be used: {reason}") from error
+        raise ModelError(f"{name} is no folder here, and its {what} cannot be had from the hub: {reason}") from error
+
+
+def _no_dropout(config: Any) -> None:
+    """Zero every dropout rate, so that a step's log-probs are those of the sampler and the judge."""
+    for part in {id(config): config, id(config.get_text_config()): config.get_text_config()}.values():
+        for field, value in list(vars(part).items()):
+            if isinstance(value, float) and ("drop" in field):
+                setattr(part, field, 0.0)
+
+
+def _four_bit(device: torch.device, dtype: torch.dtype) -> Any:
+    if device.type != "cuda":
+        raise BackendError(f"4-bit weights need CUDA; on {device.type} leave --load-in-4bit out")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise BackendMissing("4-bit weights need bitsandbytes: pip install 'spa-lite[4bit]'")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )  # type: ignore[no-untyped-call]
+
+
+def _eos_ids(name: str, config: Any, model: Any) -> frozenset[int]:
+    """End ids of the generation config (or the config, where there is none)."""
+    generation: GenerationConfig | None = getattr(model, "generation_config", None)
+    found: set[int] = set()
+    for value in (getattr(generation, "eos_token_id", None), getattr(config, "eos_token_id", None)):
+        found |= set() if value is None else {value} if isinstance(value, int) else {int(item) for item in value}
+    return frozenset(found)
+
+
+def digest_weights(name: str, model: nn.Module) -> str:
+    """Digest of config and weights from their files; of a hub model, from its cached snapshot."""
+    folder = Path(name)
+    if not folder.is_dir():
+        from transformers.utils import cached_file
+
+        config = cached_file(name, "config.json", local_files_only=True)
+        folder = Path(str(config)).parent
+    digest = hashlib.blake2b(digest_size=16)
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        digest.update(path.name.encode())
+        _digest_file(path, digest)
+    return digest.hexdigest()
+
+
+def _digest_file(path: Path, digest: Any) -> None:
+    size = path.stat().st_size
+    digest.update(size.to_bytes(8, "little"))
+    with path.open("rb") as file:
+        if size <= WHOLE:
+            digest.update(file.read())
+            return
+        header = int.from_bytes(file.read(8), "little")
+        digest.update(file.read(min(header, WHOLE)))
+        for block in range(64):
+            file.seek(block * (size - 65536) // 63)
+            digest.update(file.read(65536))
+
+
+class Net:
+    """The forward pass in two halves, so that logits are made only where they are wanted.
+
+    `hidden` gives what the head reads, [batch, time, width]; `head` turns any rows of it into float32 logits.
+    A model whose logits are not its head of its body's output (checked once on a few tokens) is run whole:
+    then "hidden" is already the logits and `head` changes nothing. `whole` says so.
+    """
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.model, self.device = model, device
+        self.body = model.base_model
+        self.vocab = int(model.get_output_embeddings().weight.shape[0])
+        self.context = _context(model.config.get_text_config())
+        text = model.config.get_text_config()
+        self._multiply = float(getattr(text, "logit_scale", None) or 1.0) / float(
+            getattr(text, "logits_scaling", None) or 1.0
+        )
+        self._cap = getattr(text, "final_logit_softcapping", None)
+        self.whole = False
+        self.whole = not self._halves_agree()
+        self._entry = self.model if self.whole else self.body
+        self._takes_positions = "position_ids" in inspect.signature(self._entry.forward).parameters
+
+    def hidden(
+        self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None, cache: Any = None
+    ) -> Tensor:
+        """What the head reads, [batch, time, width], for ids [batch, time]; `mask` covers cache and ids."""
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": cache is not None}
+        if cache is not None:
+            inputs["past_key_values"] = cache
+        if positions is not None and self._takes_positions:
+            inputs["position_ids"] = positions
+        out = self._entry(**inputs)
+        found: Tensor = out.logits if self.whole else out.last_hidden_state
+        return found
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Float32 logits [..., vocabulary] of rows of `hidden`."""
+        if self.whole:
+            return hidden.float()
+        # Asked for anew each time: an adapter may have wrapped it.
+        logits: Tensor = self.model.get_output_embeddings()(hidden).float()
+        if self._multiply != 1.0:
+            logits = logits * self._multiply
+        if self._cap is not None:
+            logits = torch.tanh(logits / self._cap) * self._cap
+        return logits
+
+    def tensor(self, values: Any, dtype: torch.dtype = torch.long) -> Tensor:
+        """A tensor on the model's device."""
+        return torch.as_tensor(values, dtype=dtype).to(self.device)
+
+    @torch.inference_mode()
+    def _halves_agree(self) -> bool:
+        ids = self.tensor([[token % self.vocab for token in (1, 5, 2, 7, 3)]])
+        expected = self.model(input_ids=ids, use_cache=False).logits.float()
+        self._entry, self._takes_positions = self.body, False
+        try:
+            mine = self.head(self.hidden(ids))
+        except (AttributeError, TypeError, RuntimeError):
+            return False
+        if mine.shape != expected.shape:
+            return False
+        # Loose on purpose: a head that leaves something out is off by far more than rounding.
+        return bool((mine - expected).abs().max() <= 1e-2 * expected.abs().max())
+
+
+def _context(config: Any) -> int:
+    for field in ("max_position_embeddings", "max_sequence_length", "max_seq_len"):
+        value = getattr(config, field, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 2**20
+
+
+def count(parameters: Iterable[nn.Parameter]) -> int:
+    """How many numbers; packed 4-bit weights count as what they stand for."""
+    total = 0
+    for parameter in parameters:
+        packed = type(parameter).__name__ == "Params4bit"
+        total += parameter.numel() * (2 if packed else 1)
+    return total

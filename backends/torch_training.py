@@ -1,0 +1,194 @@
+"""One optimizer step on the adapter of POLICY, and its state on disk. No loss is known here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from spa_lite.backend import POLICY, PREVIOUS, Batch, Floats, Objective, Optimizer, Outcome, StepStats
+from spa_lite.backends.torch_model import Net
+from spa_lite.backends.torch_scoring import (
+    Packed,
+    extrapolated_logprobs,
+    pack,
+    response_states,
+    tile_size,
+    to_numpy,
+    token_logprobs,
+)
+from spa_lite.errors import ModelError
+from spa_lite.records import Row
+
+STATE = "optimizer.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+Enter = Callable[[str], None]
+
+
+class Training:
+    """AdamW on one adapter's parameters, float32."""
+
+    def __init__(self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.settings = optimizer
+        self.parameters = dict(parameters)
+        self.adamw = torch.optim.AdamW(
+            list(self.parameters.values()),
+            betas=(optimizer.beta1, optimizer.beta2),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
+
+    def step(
+        self, net: Net, enter: Enter, rows: Sequence[Row], objective: Objective, learning_rate: float, micro: int
+    ) -> StepStats:
+        """Accumulate the gradient of the mean loss over rows, then move, unless something is not finite."""
+        self.adamw.zero_grad(set_to_none=True)
+        parts = [
+            self._accumulate(net, enter, rows[start : start + micro], objective, len(rows))
+            for start in range(0, len(rows), micro)
+        ]
+        losses = np.concatenate([outcome.loss for _, outcome in parts])
+        norm = self._clip()
+        finite = bool(np.isfinite(losses).all() and np.isfinite(norm))
+        if finite:
+            for group in self.adamw.param_groups:
+                group["lr"] = learning_rate
+            self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        batches = [batch for batch, _ in parts]
+        return StepStats(
+            loss=float(losses.mean()),
+            grad_norm=norm,
+            skipped=not finite,
+            tokens=int(sum(batch.tokens.sum() for batch in batches)),
+            logp=np.concatenate([batch.logp for batch in batches]),
+            reference=np.concatenate([batch.reference for batch in batches]),
+            metrics={
+                name: np.concatenate([outcome.metrics[name] for _, outcome in parts]) for name in parts[0][1].metrics
+            },
+        )
+
+    def _accumulate(
+        self, net: Net, enter: Enter, rows: Sequence[Row], objective: Objective, total: int
+    ) -> tuple[Batch, Outcome]:
+        """Forward and backward of one micro-batch. The policy's graph is built last and used at once."""
+        packed = pack(net, rows)
+        strength = objective.extrapolation
+        with_reference = objective.reference or strength > 0
+        reference_states = _states(net, enter, packed, PREVIOUS) if with_reference else None
+        enter(POLICY)
+        states = response_states(net, packed)
+        logp = token_logprobs(net, states, packed.targets)
+        reference = extrapolated = np.zeros(0)
+        if reference_states is not None:
+            tokens, mixed = _no_gradient_logprobs(net, enter, packed, states.detach(), reference_states, strength)
+            reference = packed.sums(tokens) if objective.reference else reference
+            extrapolated = packed.sums(mixed) if strength > 0 else extrapolated
+            enter(POLICY)
+        batch = Batch(packed.sums(to_numpy(logp)), reference, extrapolated, packed.lengths, packed.row)
+        outcome = objective(batch)
+        if np.isfinite(outcome.loss).all() and len(logp):
+            weight = net.tensor(outcome.coefficients[packed.owner] / total, torch.float32)
+            (logp * weight).sum().backward()  # type: ignore[no-untyped-call]
+        return batch, outcome
+
+    def _clip(self) -> float:
+        """Clip the gradient's global norm in place; return the norm before that."""
+        limit = self.settings.max_grad_norm if self.settings.max_grad_norm > 0 else float("inf")
+        return float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+
+    def save(self, folder: Path) -> None:
+        """Moments, step counts and settings, as safetensors."""
+        tensors = {
+            f"{key}.{moment}": self.adamw.state[parameter][moment].detach().cpu().contiguous()
+            for key, parameter in self.parameters.items()
+            for moment in MOMENTS
+            if parameter in self.adamw.state
+        }
+        settings = json.dumps(dataclasses.asdict(self.settings), sort_keys=True)
+        (folder / STATE).write_bytes(to_bytes(tensors, metadata={"adamw": settings}))
+
+    @staticmethod
+    def saved_in(folder: Path) -> bool:
+        """Whether the folder holds an optimizer."""
+        return (folder / STATE).is_file()
+
+    @classmethod
+    def restore(cls, folder: Path, parameters: Mapping[str, nn.Parameter]) -> Training:
+        """The optimizer as it was saved, over the parameters of the adapter saved beside it."""
+        try:
+            with safe_open(folder / STATE, "pt") as file:  # type: ignore[no-untyped-call]
+                settings = Optimizer(**json.loads(file.metadata()["adamw"]))
+            stored = load_file(folder / STATE)
+            training = cls(settings, parameters)
+            for key, parameter in training.parameters.items():
+                if f"{key}.step" in stored:
+                    training.adamw.state[parameter] = {
+                        moment: _placed(stored[f"{key}.{moment}"], moment, parameter) for moment in MOMENTS
+                    }
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{folder / STATE} is damaged or belongs to another adapter: {error}") from error
+        return training
+
+
+@contextmanager
+def layers_checkpointed(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing inside the block. Only the layers go into training mode: dropout inside stays off."""
+    if not wanted:
+        yield
+        return
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+        model.gradient_checkpointing_disable()  # type: ignore[operator]
+
+
+@torch.no_grad()
+def _states(net: Net, enter: Enter, packed: Packed, role: str) -> Tensor:
+    enter(role)
+    return response_states(net, packed)
+
+
+@torch.no_grad()
+def _no_gradient_logprobs(
+    net: Net, enter: Enter, packed: Packed, states: Tensor, reference_states: Tensor, strength: float
+) -> tuple[Floats, Floats]:
+    """Per-token log-probs under PREVIOUS and, if strength > 0, under the mixed logits; from the same tiles."""
+    plain, mixed = [], []
+    size = tile_size(net)
+    for mine, theirs, ids in zip(
+        states.split(size), reference_states.split(size), packed.targets.split(size), strict=True
+    ):
+        enter(PREVIOUS)
+        reference = net.head(theirs)
+        plain.append(-torch.nn.functional.cross_entropy(reference, ids, reduction="none"))
+        if strength > 0:
+            enter(POLICY)
+            mixed.append(extrapolated_logprobs(net.head(mine), reference, ids, strength))
+    none = np.zeros(0)
+    return to_numpy(torch.cat(plain)) if plain else none, to_numpy(torch.cat(mixed)) if mixed else none
+
+
+def _placed(value: Tensor, moment: str, parameter: nn.Parameter) -> Tensor:
+    """A stored moment where AdamW wants it: counts on the host, moments beside their parameter."""
+    if moment == "step":
+        return value.clone()
+    if value.shape != parameter.shape:
+        raise ValueError(f"a moment of shape {list(value.shape)} for a parameter of {list(parameter.shape)}")
+    return value.to(parameter.device)

@@ -1,0 +1,1 @@
+"""The command line: parses, delegates, renders. All printing is here."""

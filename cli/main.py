@@ -1,0 +1,60 @@
+"""The `spa-lite` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import click
+import typer
+
+from spa_lite.errors import RecipeError, SpaError
+
+app = typer.Typer(
+    name="spa-lite",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda t: t.replace("_", "-")},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"spa-lite {version('spa-lite')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Align a language model from a handful of preferences, on one computer (SPA, ICLR 2025)."""
+
+
+def main() -> None:
+    """Run a command; turn what we can explain into one sentence and an exit code: 1 failure, 2 usage, 130 interrupted."""
+    from spa_lite.cli import commands  # noqa: F401 - registers the commands
+    from spa_lite.cli.render import fail, note
+
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except SpaError as error:
+        if "--debug" in sys.argv:
+            raise
+        fail(str(error))
+        sys.exit(2 if isinstance(error, RecipeError) else 1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        note("interrupted; finished stages are kept: run the same command again to go on")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away: nothing to explain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,120 @@
+"""Command-line options made from the recipe's settings, so that no setting is written down twice."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spa_lite.errors import RecipeError
+from spa_lite.recipe import SETTINGS, Recipe, Setting, build, load_layer, parse_set, read_text, read_yaml
+
+ALIASES = {
+    "--model": ["-m", "--model-name-or-path"],
+    "--learning-rate": ["--lr"],
+    "--max-tokens": ["--max-new-tokens"],
+    "--temp": ["--temperature"],
+    "--max-seq-length": ["--max-length"],
+}
+"""Other tools' words for the same thing."""
+
+PANELS = {
+    "inputs": "Model and data",
+    "model": "Model and data",
+    "lengths": "Lengths",
+    "lora": "Adapter",
+    "seed_dpo": "Seed stage",
+    "sampling": "Sampling",
+    "judge": "Judging",
+    "loss": "Training",
+    "refine": "Self-refinement",
+    "train": "Training",
+    "batching": "Memory and speed",
+    "measure": "Measuring",
+    "lesson": "Lesson",
+}
+
+
+def command(app: typer.Typer, name: str, groups: Iterable[str] | None = None) -> Callable[[Callable[..., Any]], Any]:
+    """Register a function that takes `given` (path -> command-line word) as a command with the settings as options.
+
+    `groups` are the setting groups it shows ("" for the top level); None shows all. Every setting can also be
+    given with --set.
+    """
+    shown = [s for s in SETTINGS.values() if s.flag and (groups is None or _group(s) in set(groups))]
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "given"]
+        made = [_parameter(s) for s in shown]
+
+        def call(**values: Any) -> Any:
+            given = {s.path: values.pop(_name(s)) for s in shown}
+            return function(given={path: value for path, value in given.items() if value is not None}, **values)
+
+        call.__doc__ = function.__doc__
+        call.__signature__ = inspect.Signature(own + made)  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in own + made}
+        app.command(name)(call)
+        return function
+
+    return register
+
+
+def _group(s: Setting) -> str:
+    return s.path.rpartition(".")[0]
+
+
+def _name(s: Setting) -> str:
+    return s.path.replace(".", "_")
+
+
+def _parameter(s: Setting) -> inspect.Parameter:
+    """A Typer option: bare words are read by the recipe itself, so that every wrong value gets the same sentence."""
+    assert s.flag
+    is_switch = s.type is bool
+    names = [f"{s.flag}/--no-{s.flag.removeprefix('--')}" if is_switch and not s.flag.startswith("--no-") else s.flag]
+    default = "" if s.default in (None, False) else f" [{_plain(s.default)}]"
+    annotation = Annotated[
+        (bool if is_switch else str) | None,
+        typer.Option(
+            *names,
+            *ALIASES.get(s.flag, []),
+            help=s.help + default,
+            show_default=False,
+            rich_help_panel=PANELS.get(_group(s), "Run"),
+            metavar=None if is_switch else "VALUE",
+        ),
+    ]
+    return inspect.Parameter(_name(s), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _plain(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def resolve(
+    given: dict[str, Any],
+    sets: Iterable[str] = (),
+    config: Path | None = None,
+    recipe: str | None = None,
+    scale: str | None = None,
+    default_scale: Callable[[dict[str, Any]], str] = lambda flat: "paper",
+) -> tuple[Recipe, dict[str, str]]:
+    """The recipe of a command: default < recipe < scale < config file < command line. Also where each value came from."""
+    file = read_yaml(config) if config else {}
+    line = {path: read_text(SETTINGS[path], v) if isinstance(v, str) else v for path, v in given.items()}
+    line |= dict(parse_set(text) for text in sets)
+    recipe = recipe or file.get("name") or "spa"
+    scale = scale or file.get("scale") or default_scale(file | line)
+    layers: dict[str, dict[str, Any]] = {
+        f"recipe {recipe}": load_layer("recipe", recipe),
+        f"scale {scale}": load_layer("scale", scale),
+    }
+    if config:
+        layers[str(config)] = {k: v for k, v in file.items() if k not in {"name", "scale"}}
+    return build(layers | {"command line": line})
+
+

@@ -1,0 +1,175 @@
+"""Everything printed. Progress and notes go to stderr, results to stdout. Whatever a model or a file said is escaped."""
+
+from __future__ import annotations
+
+import sys
+import time
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from spa_lite.events import Event, Report
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def safe(text: str) -> str:
+    """Text from a model or a file, with control characters and direction overrides shown instead of obeyed."""
+
+    def shown(char: str) -> str:
+        if char in "\n\t" or unicodedata.category(char) not in {"Cc", "Cf", "Cs", "Co", "Cn"}:
+            return char
+        return f"\\u{ord(char):04x}"
+
+    return escape("".join(map(shown, text)))
+
+
+def note(message: str) -> None:
+    """A sentence on stderr."""
+    err.print(safe(message))
+
+
+def fail(message: str) -> None:
+    """An error in one sentence."""
+    err.print(f"[bold red]error:[/] {safe(message)}")
+
+
+class _Rate(ProgressColumn):
+    """Units per second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.1f}/s" if speed else "", style="cyan")
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """Show events: bars with rate and time left on a terminal, plain lines now and then elsewhere."""
+    if err.is_terminal:
+        with Progress(
+            TextColumn("{task.description:<18}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:>6,.0f}/{task.total:,.0f} {task.fields[unit]:<8}"),
+            _Rate(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=err,
+        ) as bars:
+            yield _bars(bars)
+    else:
+        yield _lines()
+
+
+def _bars(bars: Progress) -> Report:
+    tasks: dict[str, Any] = {}
+
+    def report(event: Event) -> None:
+        if event.note:
+            bars.console.print(safe(f"{event.stage}: {event.note}"))
+        if event.unit == "stage" or not event.total:
+            return
+        if event.stage not in tasks:
+            tasks[event.stage] = bars.add_task(safe(event.stage), total=event.total, unit=event.unit)
+        bars.update(tasks[event.stage], completed=event.done, total=event.total)
+
+    return report
+
+
+def _lines(every: float = 5.0) -> Report:
+    started: dict[str, float] = {}
+    last = {"time": 0.0}
+
+    def report(event: Event) -> None:
+        if event.note:
+            print(f"{event.stage}: {event.note}", file=sys.stderr, flush=True)
+        if event.unit == "stage" or not event.total:
+            return
+        now = time.monotonic()
+        start = started.setdefault(event.stage, now)
+        if event.done < event.total and now - last["time"] < every:
+            return
+        last["time"] = now
+        rate = event.done / (now - start) if now > start else 0.0
+        left = (event.total - event.done) / rate if rate else 0.0
+        pace = f", {rate:,.1f}/s, {left:,.0f} s left" if rate else ""
+        print(f"{event.stage}: {event.done}/{event.total} {event.unit}{pace}", file=sys.stderr, flush=True)
+
+    return report
+
+
+def percent(interval: Mapping[str, float] | None) -> str:
+    """`61.2 [57.0, 65.1]` of an interval in [0, 1]."""
+    if not interval:
+        return "-"
+    return f"{100 * interval['value']:.1f} [{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number, or a dash."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def summary_tables(summary: Mapping[str, Any], seconds: Mapping[str, Mapping[str, float]]) -> list[Table]:
+    """What happened, a row per stage; and, where the truth is known, the mean of each gold criterion."""
+    rows: Sequence[Mapping[str, Any]] = summary["rows"]
+    has_gold = any(row.get("gold") for row in rows)
+    table = Table(title=f"{summary['recipe']} at scale {summary['scale']}", title_justify="left")
+    columns = ["stage"]
+    if has_gold:
+        columns += ["win rate vs init %", "labels right %"]
+    if any(row.get("pair_accuracy") for row in rows):
+        columns += ["held-out pairs %"]
+    columns += ["length", "flagged %"] + (["of them wrong"] if has_gold else []) + ["loss", "seconds"]
+    for name in columns:
+        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*[_cell(row, name, seconds) for name in columns])
+    return [table, _criteria(rows)] if has_gold else [table]
+
+
+def _cell(row: Mapping[str, Any], column: str, seconds: Mapping[str, Mapping[str, float]]) -> str:
+    trained, judged, flags = row.get("trained") or {}, row.get("judged") or {}, row.get("flags") or {}
+    if column == "stage":
+        return str(row["stage"])
+    if column == "win rate vs init %":
+        return percent(row.get("win_rate"))
+    if column == "labels right %":
+        return percent((row.get("label_accuracy") or {}).get("score"))
+    if column == "held-out pairs %":
+        return percent(row.get("pair_accuracy"))
+    if column == "length":
+        return number(row.get("length") or judged.get("mean_tokens"), 1)
+    if column == "flagged %":
+        return number(100 * trained["flagged_share"], 1) if judged else "-"
+    if column == "of them wrong":
+        return f"{flags['flagged_wrong']}/{flags['flagged']}" if flags.get("flagged") else "-"
+    if column == "loss":
+        return number(trained.get("loss"), 4)
+    return number(sum(seconds.get(str(row["stage"]), {}).values()), 1)
+
+
+def _criteria(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Mean gold per criterion, so that nobody wins by endings alone."""
+    names = list(next(row["gold"] for row in rows if row.get("gold")))
+    table = Table(title="mean gold on held-out prompts", title_justify="left")
+    for name in ["stage", *names]:
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for row in rows:
+        if row.get("gold"):
+            table.add_row(str(row["stage"]), *[f"{row['gold'][n]:.3f}" for n in names])
+    return table
+
+
+def show(table: Table) -> None:
+    """Print a table on stdout; wide enough for its columns when nobody is looking."""
+    console = out if out.is_terminal else Console(highlight=False, width=160)
+    console.print(table)

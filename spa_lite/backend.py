@@ -1,0 +1,221 @@
+"""The contract between the method and the framework that holds the model. What crosses it are token ids.
+
+A backend holds one frozen base model and any number of named adapters on it. Three verbs (`sample`,
+`logprob`, `dpo_step`) and a little state. Backends know no loss: the objective maps log-probabilities to
+a loss per row and one coefficient per response, and the backend differentiates `sum(coefficient * logp)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spa_lite.records import Completion, Ids, Message, Row, Score
+
+Floats = NDArray[np.float64]
+
+INIT, PREVIOUS, POLICY = "init", "previous", "policy"
+"""The three roles of one set of weights: see the table in README.md."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. Temperature 0 is greedy."""
+
+    temperature: float = 0.7
+    top_p: float = 1.0
+    max_tokens: int = 300
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Shape of a fresh adapter. Targets: module-name endings, or "all-linear" for every linear layer but the head."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("all-linear",)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW; the learning rate comes with each step."""
+
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Memory and speed only: none of these may change a result beyond rounding."""
+
+    sample: int = 64  # prompts decoded together (each with its n answers)
+    score: int = 32  # rows scored together
+    micro: int = 8  # rows per forward of a training step
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model, where, and how it reads a conversation. `model`: a folder or a hub name."""
+
+    model: str
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # auto: float32 on CPU and MPS, bfloat16 on CUDA; or float32, bfloat16, float16
+    load_in_4bit: bool = False
+    trust_remote_code: bool = False
+    system: str | None = None  # a system turn put before conversations that have none
+    template: str | None = None  # a Jinja file, or the name of a built-in fallback ("plain"); None: the model's own
+    batching: Batching = field(default_factory=Batching)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an objective sees of some rows: flat arrays over all responses [R], in row order.
+
+    `row[r]` is the index of the row that response r belongs to. `reference` is empty when the objective
+    asks for none, `extrapolated` when `extrapolation` is 0. All sums are in nats, float64.
+    """
+
+    logp: Floats
+    reference: Floats
+    extrapolated: Floats
+    tokens: NDArray[np.int64]
+    row: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an objective makes of a batch: a loss per row and d loss / d logp per response.
+
+    `metrics` holds one array [rows] per name (margin, noisy, ...), for the log.
+    """
+
+    loss: Floats
+    coefficients: Floats
+    metrics: dict[str, Floats] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """Maps log-probabilities to a loss. Called once per micro-batch, in row order, without gradients."""
+
+    @property
+    def reference(self) -> bool:
+        """Whether log-probabilities under PREVIOUS are needed."""
+        ...
+
+    @property
+    def extrapolation(self) -> float:
+        """lambda of Eq. 11 for this step; 0 asks for no extrapolated log-probabilities."""
+        ...
+
+    @property
+    def sequential(self) -> bool:
+        """True if each row must see the outcome of the one before (the released code's threshold rule)."""
+        ...
+
+    def __call__(self, batch: Batch) -> Outcome:
+        """Loss per row and coefficient per response."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One optimizer step. `loss` is the mean over rows; `skipped` says that loss or gradient was not finite."""
+
+    loss: float
+    grad_norm: float
+    skipped: bool
+    tokens: int
+    logp: Floats
+    reference: Floats
+    metrics: dict[str, Floats] = field(default_factory=dict)
+
+
+class Tokenizer(Protocol):
+    """Text to ids, once. Nothing else in the project turns text into ids."""
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end an answer: union of the generation config's and the tokenizer's."""
+        ...
+
+    @property
+    def end_of_turn(self) -> int:
+        """The one id that closes a human answer."""
+        ...
+
+    def encode_prompt(self, messages: Sequence[Message]) -> Ids:
+        """Render a conversation ending with a user turn, generation prompt included, one BOS at most."""
+        ...
+
+    def encode_answer(self, messages: Sequence[Message], text: str) -> Ids:
+        """Ids of a human answer to that conversation, ending with exactly one end-of-turn id."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of sampled ids, without special tokens."""
+        ...
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """One model in one framework."""
+
+    name: str
+    can_train: bool
+    tokenizer: Tokenizer
+    context: int
+    """Longest sequence the model takes, in tokens."""
+    fingerprint: str
+    """Digest of weights, tokenizer and template."""
+    description: dict[str, Any]
+    """Device, real dtype and bits, parameter counts: what `doctor` shows."""
+
+    def bind(self, role: str, adapter: Path | None = None, lora: Lora | None = None) -> None:
+        """Make `role` the adapter stored in a folder (PEFT format); None: the bare base, or, with `lora`,
+        a fresh zero-effect adapter. Raises ModelError if the adapter does not fit the base."""
+        ...
+
+    def sample(
+        self, prompts: Sequence[Ids], n: int, sampling: Sampling, keys: Sequence[Sequence[bytes]], role: str = POLICY
+    ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
+        """Yield (index of prompt, its n completions) as they finish. `keys[i][k]` names the random stream of
+        sample k of prompt i (see `spa_lite.keys`); a completion depends on its prompt, key and role alone."""
+        ...
+
+    def logprob(self, rows: Sequence[Row], role: str, per_token: bool = False) -> Iterator[tuple[int, tuple[Score, ...]]]:
+        """Yield (index of row, one Score per response) in any order. Log-softmax in float32 or better; sums in float64."""
+        ...
+
+    def start_training(self, optimizer: Optimizer) -> None:
+        """Fresh optimizer state for the adapter bound to POLICY. Raises BackendError if `can_train` is False."""
+        ...
+
+    def dpo_step(self, rows: Sequence[Row], objective: Objective, learning_rate: float) -> StepStats:
+        """One optimizer step on the mean loss over rows: policy POLICY, reference PREVIOUS."""
+        ...
+
+    def snapshot(self) -> None:
+        """PREVIOUS becomes a frozen copy of POLICY."""
+        ...
+
+    def save(self, folder: Path, role: str = POLICY) -> None:
+        """Write the adapter in PEFT format (safetensors), and beside it the optimizer state if training."""
+        ...
+
+    def restore(self, folder: Path) -> None:
+        """Load POLICY and the optimizer state saved with it."""
+        ...
+
+    def unbind(self, role: str) -> None:
+        """Forget a role's adapter and free its memory."""
+        ...

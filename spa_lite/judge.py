@@ -1,0 +1,147 @@
+"""Step (b) of a round: which of the answers is better, by the model's own implicit reward (Eq. 7 and 8).
+
+The reward of an answer is log pi_policy / pi_reference, summed over its tokens. The other judges are
+controls: they see the same answers and leave their own label beside the same log-ratios.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+
+from spa_lite import objective
+from spa_lite.backend import INIT, Backend
+from spa_lite.errors import RecipeError
+from spa_lite.keys import digest, generator
+from spa_lite.recipe import Recipe
+from spa_lite.records import Completion, Judgement, Row, Sample, Side
+
+CHUNK = 256
+"""Samples scored together, so that a file of any length is judged in bounded memory."""
+
+Scorer = Callable[[Sequence[Row]], list[tuple[float, ...]]]
+"""Rows -> summed log-probability (nats) of each response."""
+
+Gold = Callable[[Sample, Completion], float | None]
+"""True quality of an answer where it is known (the lesson), else None."""
+
+
+def scorer(backend: Backend, role: str) -> Scorer:
+    """Score rows under one role of a backend."""
+
+    def score(rows: Sequence[Row]) -> list[tuple[float, ...]]:
+        found = dict(backend.logprob(rows, role))
+        return [tuple(s.logp for s in found[i]) for i in range(len(rows))]
+
+    return score
+
+
+def no_reference(rows: Sequence[Row]) -> list[tuple[float, ...]]:
+    """The reference of `judge.reference=none`: every sum is 0, so the reward is the likelihood."""
+    return [(0.0,) * len(row.responses) for row in rows]
+
+
+def judge(
+    samples: Iterable[Sample], policy: Scorer, reference: Scorer, recipe: Recipe, round_: int = 0, gold: Gold | None = None
+) -> Iterator[Judgement]:
+    """Yield one Judgement per sample, in order. Raises RecipeError for a gold judge without a gold rule."""
+    if recipe.judge.by == "gold" and gold is None:
+        raise RecipeError("judge.by=gold needs a gold rule, which only the lesson has; use another --judge")
+    iterator = iter(samples)
+    while chunk := list(islice(iterator, CHUNK)):
+        rows = [Row(prompt=s.prompt_ids, responses=tuple(c.ids for c in s.completions)) for s in chunk]
+        for sample, own, other in zip(chunk, policy(rows), reference(rows), strict=True):
+            yield decide(sample, own, other, recipe, round_, gold)
+
+
+def decide(
+    sample: Sample,
+    policy: Sequence[float],
+    reference: Sequence[float],
+    recipe: Recipe,
+    round_: int = 0,
+    gold: Gold | None = None,
+) -> Judgement:
+    """Judge one sample. Of more than two answers the best and the worst become the pair."""
+    rewards = np.array(policy) - np.array(reference)
+    opinion = _opinion(sample, rewards, recipe, round_, gold)
+    best, worst = best_and_worst(opinion, recipe.judge.tie)
+    a, b = sorted((best, worst))
+    sides = [
+        Side(text=c.text, ids=c.ids, ended=c.ended, policy=float(policy[i]), reference=float(reference[i]))
+        for i, c in ((i, sample.completions[i]) for i in (a, b))
+    ]
+    margin = objective.margin(policy[a], policy[b], reference[a], reference[b], recipe.loss.beta)
+    return Judgement(
+        id=sample.id,
+        messages=sample.messages,
+        prompt_ids=sample.prompt_ids,
+        a=sides[0],
+        b=sides[1],
+        logratio_a=float(rewards[a]),
+        logratio_b=float(rewards[b]),
+        margin=float(margin),
+        p=float(objective.preference(np.float64(margin))),
+        label="a" if best == a else "b",
+        tie=bool(opinion[best] == opinion[worst]),
+        tokens_a=len(sides[0].ids),
+        tokens_b=len(sides[1].ids),
+        judge=recipe.judge.by,
+        extra=sample.extra,
+    )
+
+
+def best_and_worst(rewards: Sequence[float], tie: str) -> tuple[int, int]:
+    """Indices of the best and the worst answer. At ties the later answer wins (tie = "b": Eq. 8 prefers the
+    first only if it is strictly better), or the earlier (tie = "a": the released code's stable sort)."""
+    order = sorted(range(len(rewards)), key=lambda i: (-rewards[i], -i if tie == "b" else i))
+    return order[0], order[-1]
+
+
+def _opinion(
+    sample: Sample, rewards: Sequence[float], recipe: Recipe, round_: int, gold: Gold | None
+) -> list[float]:
+    """The judge's own number per answer; higher is better."""
+    if recipe.judge.by == "implicit":
+        return [float(r) for r in rewards]
+    if recipe.judge.by == "longest":
+        return [float(len(c.ids)) for c in sample.completions]
+    if recipe.judge.by == "random":
+        draws = generator(digest("judge", recipe.seed, round_, sample.id)).random(len(sample.completions))
+        return [float(d) for d in draws]
+    assert gold is not None
+    scores = [gold(sample, c) for c in sample.completions]
+    if any(s is None for s in scores):
+        raise RecipeError(f"judge.by=gold knows no truth about prompt {sample.id}; use another --judge")
+    return [float(s) for s in scores if s is not None]
+
+
+def reference_role(recipe: Recipe, round_: int) -> str | None:
+    """Role that is the judge's reference in a round: None for no reference. `lagged` is pi_init in round 1."""
+    if recipe.judge.reference == "none":
+        return None
+    return "lagged" if recipe.judge.reference == "lagged" and round_ > 1 else INIT
+
+
+def counts(judgements: Sequence[Judgement]) -> dict[str, float]:
+    """What a pile of judgements looks like: sizes, ties, lengths, how often the longer answer won."""
+    different = [j for j in judgements if j.tokens_a != j.tokens_b]
+    longer = sum((j.tokens_a > j.tokens_b) == (j.label == "a") for j in different)
+    lengths = [n for j in judgements for n in (j.tokens_a, j.tokens_b)]
+    return {
+        "pairs": len(judgements),
+        "identical": sum(identical(j) for j in judgements),
+        "ties": sum(j.tie for j in judgements),
+        "capped": sum(side.ended == "cap" for j in judgements for side in (j.a, j.b)),
+        "mean_tokens": float(np.mean(lengths)) if lengths else 0.0,
+        "longer_wins": longer / len(different) if different else 0.0,
+        "unequal_lengths": len(different),
+    }
+
+
+def identical(judgement: Judgement) -> bool:
+    """Whether both answers are the same token ids."""
+    return judgement.a.ids == judgement.b.ids
+

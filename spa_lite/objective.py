@@ -1,0 +1,218 @@
+"""The objective, written once for any array namespace `xp` (NumPy, torch, mlx), with the paper's equation numbers.
+
+Everything is in terms of the *margin* of a pair: beta times the difference of the two log-ratios. All
+log-probabilities are sums over response tokens, in nats. The functions at the top are pure and
+differentiable; the classes at the bottom hold the little state that training needs (which step it is, which
+margins were seen lately) and hand backends a loss and its derivative, so that no backend knows a loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from spa_lite.backend import Batch, Floats, Outcome
+from spa_lite.errors import RecipeError
+
+Rule = Literal["paper", "official"]
+BeforeFull = Literal["off", "zero"]
+
+
+def margin(chosen: Any, rejected: Any, ref_chosen: Any, ref_rejected: Any, beta: float) -> Any:
+    """beta * [log pi(yw)/ref(yw) - log pi(yl)/ref(yl)], the argument of the sigmoid in Eq. 5 and Eq. 7."""
+    return beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+
+
+def log_sigmoid(x: Any, xp: Any = np) -> Any:
+    """log(sigmoid(x)), finite for any finite x."""
+    return -xp.logaddexp(-x, x * 0.0)
+
+
+def preference(margin_: Any, xp: Any = np) -> Any:
+    """p(yw beats yl) = sigmoid(margin): Eq. 5 with the DPO reference, Eq. 7 with pi_init."""
+    return xp.exp(log_sigmoid(margin_, xp))
+
+
+def dpo_loss(margin_: Any, xp: Any = np) -> Any:
+    """-log p(yw beats yl): Eq. 6, the loss of the seed stage."""
+    return -log_sigmoid(margin_, xp)
+
+
+def refined_loss(margin_: Any, noisy: Any, alpha: float, xp: Any = np) -> Any:
+    """Eq. 10: a flagged pair (noisy = 1) becomes a soft target of (1 - alpha, alpha). `noisy` is 0.0 or 1.0."""
+    doubt = alpha * noisy
+    return -(1.0 - doubt) * log_sigmoid(margin_, xp) - doubt * log_sigmoid(-margin_, xp)
+
+
+def refined_slope(margin_: Any, noisy: Any, alpha: float, xp: Any = np) -> Any:
+    """d refined_loss / d margin = sigmoid(margin) - (1 - alpha * noisy). No gradient flows through the flag."""
+    return preference(margin_, xp) - (1.0 - alpha * noisy)
+
+
+def extrapolate(policy_logits: Any, reference_logits: Any, lambda_: float) -> Any:
+    """Eq. 11: per-token logits of a simulated, more aligned model. Needs a softmax over the vocabulary afterwards."""
+    return (1.0 + lambda_) * policy_logits - lambda_ * reference_logits
+
+
+def percentile_threshold(margins: Sequence[float], K: float) -> float:
+    """The K-quantile with linear interpolation (Eq. 9: a pair is noisy if its margin is strictly below)."""
+    return float(np.quantile(np.asarray(margins, dtype=np.float64), K))
+
+
+def official_threshold(margins: Sequence[float], K: float) -> float:
+    """The released code's rank rule: mean of the entries int(n*K) and int(n*K)+1, 0-based, of n ascending margins.
+
+    One rank above the percentile: with K = 0.1 and n = 50 it lets 12 % through. Raises RecipeError where the
+    released code would index past its window.
+    """
+    rank = int(len(margins) * K)
+    if rank + 1 >= len(margins):
+        raise RecipeError(
+            f"refine.K={K:g} leaves the official rule no entry above rank {rank} of {len(margins)}; "
+            "lower refine.K below 0.98 or use refine.rule=paper"
+        )
+    ordered = sorted(margins)
+    return (ordered[rank] + ordered[rank + 1]) / 2
+
+
+class Window:
+    """The last `size` extrapolated margins, in data order, and the threshold tau they give.
+
+    `before_full` says what tau is until the window is full: "off" gives none (nothing is flagged), "zero"
+    gives 0, as the released code does.
+    """
+
+    def __init__(self, rule: Rule = "paper", K: float = 0.1, size: int = 50, before_full: BeforeFull = "off") -> None:
+        self.rule, self.K, self.before_full = rule, K, before_full
+        self.margins: deque[float] = deque(maxlen=size)
+
+    @property
+    def tau(self) -> float | None:
+        """The threshold now; None while there is none."""
+        if len(self.margins) < (self.margins.maxlen or 0):
+            return 0.0 if self.before_full == "zero" else None
+        rule = percentile_threshold if self.rule == "paper" else official_threshold
+        return rule(list(self.margins), self.K)
+
+    def noisy(self, margins: Floats, tau: float | None) -> Floats:
+        """1.0 where a pair is taken for noise. At equality the paper says clean, the released code noisy."""
+        if tau is None:
+            return np.zeros_like(margins)
+        flags = margins < tau if self.rule == "paper" else ~(margins > tau)
+        return flags.astype(np.float64)
+
+    def push(self, margins: Iterable[float]) -> None:
+        """Add margins, oldest first; those that are not finite are left out."""
+        self.margins.extend(float(m) for m in margins if math.isfinite(m))
+
+
+def pair_margins(batch: Batch, logp: Floats, beta: float) -> Floats:
+    """Margins [rows] of rows that hold a chosen and a rejected response, in this order."""
+    if len(batch.row) != 2 * len(np.unique(batch.row)):
+        raise RecipeError("a DPO loss needs rows of exactly two responses, chosen first")
+    return np.asarray(
+        margin(logp[0::2], logp[1::2], batch.reference[0::2], batch.reference[1::2], beta), dtype=np.float64
+    )
+
+
+def pair_coefficients(slope: Floats, beta: float) -> Floats:
+    """d loss / d logp [responses] from d loss / d margin [rows]: +beta for the chosen, -beta for the rejected."""
+    return np.stack([beta * slope, -beta * slope], axis=1).reshape(-1)
+
+
+class Dpo:
+    """Plain DPO (Eq. 6) with reference PREVIOUS."""
+
+    reference = True
+    extrapolation = 0.0
+    sequential = False
+
+    def __init__(self, beta: float = 0.1) -> None:
+        self.beta = beta
+
+    def __call__(self, batch: Batch) -> Outcome:
+        """Loss and coefficients of a batch of pairs."""
+        m = pair_margins(batch, batch.logp, self.beta)
+        slope = refined_slope(m, np.zeros_like(m), 0.0)
+        return Outcome(dpo_loss(m), pair_coefficients(slope, self.beta), {"margin": m})
+
+    def end_step(self, skipped: bool = False) -> None:
+        """Nothing to remember."""
+
+
+class Refined:
+    """The refined loss (Eq. 10) with decoupled noise detection (Eq. 11, 12) and warm-up.
+
+    The loss uses the policy's margin; only the flag uses the extrapolated one. Rule `paper`: tau is set once
+    per optimizer step from earlier steps. Rule `official`: pair by pair. `total_steps` counts optimizer
+    steps; refinement is off while completed steps < warmup * total_steps.
+    """
+
+    reference = True
+
+    def __init__(
+        self, beta: float, alpha: float, lambda_: float, window: Window, warmup: float, total_steps: int
+    ) -> None:
+        self.beta, self.alpha, self.lambda_ = beta, alpha, lambda_
+        self.window, self.warmup, self.total_steps = window, warmup, total_steps
+        self.step = 0
+        self._tau = window.tau
+        self._pending: list[float] = []
+
+    @property
+    def sequential(self) -> bool:
+        """The released rule looks at pairs one by one, in order."""
+        return self.window.rule == "official"
+
+    @property
+    def extrapolation(self) -> float:
+        """lambda of Eq. 11, or 0 where no flag is ever used."""
+        return self.lambda_ if self.alpha > 0 else 0.0
+
+    @property
+    def active(self) -> bool:
+        """Whether this step refines: the warm-up is over."""
+        return self.alpha > 0 and self.step >= self.warmup * self.total_steps
+
+    def __call__(self, batch: Batch) -> Outcome:
+        """Loss and coefficients of a batch of pairs, in data order."""
+        m = pair_margins(batch, batch.logp, self.beta)
+        simulated = pair_margins(batch, batch.extrapolated, self.beta) if len(batch.extrapolated) else m
+        noisy, taus = self._detect(simulated)
+        alpha = self.alpha if self.active else 0.0
+        return Outcome(
+            np.asarray(refined_loss(m, noisy, alpha), dtype=np.float64),
+            pair_coefficients(refined_slope(m, noisy, alpha), self.beta),
+            {
+                "margin": m,
+                "extrapolated_margin": simulated,
+                "noisy": noisy,
+                "softened": noisy * (alpha > 0),  # flagged pairs whose target was really smoothed
+                "tau": taus,
+            },
+        )
+
+    def _detect(self, simulated: Floats) -> tuple[Floats, Floats]:
+        """Flags and the tau each pair was compared with (nan: none). A pair never sees its own margin."""
+        if not self.sequential:
+            self._pending += simulated.tolist()
+            tau = self._tau
+            return self.window.noisy(simulated, tau), np.full_like(simulated, np.nan if tau is None else tau)
+        noisy, taus = np.zeros_like(simulated), np.full_like(simulated, np.nan)
+        for i in range(len(simulated)):
+            tau = self.window.tau
+            noisy[i] = self.window.noisy(simulated[i : i + 1], tau)[0]
+            taus[i] = np.nan if tau is None else tau
+            self.window.push(simulated[i : i + 1])
+        return noisy, taus
+
+    def end_step(self, skipped: bool = False) -> None:
+        """Count the optimizer step; under rule `paper` its margins enter the window now. A skipped step counts."""
+        self.window.push(self._pending)
+        self._pending = []
+        self._tau = self.window.tau
+        self.step += 1

@@ -1,0 +1,157 @@
+"""From a recipe to everything a run reads: records from files or from the lesson, split over the rounds, as token ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from spa_lite import data, encode
+from spa_lite.backend import Backend, ModelSettings
+from spa_lite.backend import Batching as BackendBatching
+from spa_lite.errors import DataError, RecipeError
+from spa_lite.evaluate import GoldRule
+from spa_lite.recipe import Recipe
+from spa_lite.records import Ids, Pair, Prompt, Row
+from spa_lite.stages import Data
+
+
+@dataclass
+class Raw:
+    """Records as they were read, before any model is loaded."""
+
+    seed_pairs: list[Pair] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
+    held_out_pairs: list[Pair] = field(default_factory=list)
+    held_out_prompts: list[Prompt] = field(default_factory=list)
+    gold: GoldRule | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def model_settings(recipe: Recipe, model: str | None = None) -> ModelSettings:
+    """How to load the recipe's model (or another one in the same way). No model means the built-in one."""
+    from spa_lite.lesson import MODEL_DIR
+
+    m, b, i = recipe.model, recipe.batching, recipe.inputs
+    return ModelSettings(
+        model=model or i.model or str(MODEL_DIR),
+        device=i.device,
+        dtype=m.dtype,
+        load_in_4bit=m.load_in_4bit,
+        trust_remote_code=m.trust_remote_code,
+        system=m.system,
+        template=m.template,
+        batching=BackendBatching(b.sample, b.score, b.micro, b.gradient_checkpointing),
+    )
+
+
+def is_lesson(recipe: Recipe) -> bool:
+    """Whether the built-in world supplies the data: no model and no file was named."""
+    i = recipe.inputs
+    return not (i.model or i.seed_pairs or i.prompts or i.held_out)
+
+
+def read(recipe: Recipe) -> Raw:
+    """Read (or make) the records of a run. Raises RecipeError if something needed is not named, DataError on bad data."""
+    raw = lesson(recipe) if is_lesson(recipe) else files(recipe)
+    if recipe.inputs.limit_prompts:
+        raw.prompts = raw.prompts[: recipe.inputs.limit_prompts]
+    return raw
+
+
+def lesson(recipe: Recipe) -> Raw:
+    """The built-in world."""
+    from spa_lite.lesson import source
+
+    size, seed = recipe.lesson, recipe.seed
+    return Raw(
+        seed_pairs=[] if recipe.inputs.no_seed_pairs else source.pairs("seed", size.seed_pairs, seed),
+        prompts=source.prompts("rounds", size.prompts, seed),
+        held_out_pairs=source.pairs(size.split, size.held_out, 1),
+        held_out_prompts=source.prompts(size.split, size.held_out, 0),
+        gold=source.rule,
+    )
+
+
+def files(recipe: Recipe) -> Raw:
+    """The user's own files. Held-out pairs never share a prompt with anything that is trained on."""
+    i = recipe.inputs
+    if not i.seed_pairs and not i.no_seed_pairs:
+        raise RecipeError("no labelled pairs: give --seed-pairs FILE, or --no-seed-pairs with --adapter-path or --init-model")
+    if not i.prompts and recipe.rounds:
+        raise RecipeError("no prompts for the rounds: give --prompts FILE, or --rounds 0 to train on the seed pairs alone")
+    raw = Raw()
+    if i.seed_pairs:
+        raw.seed_pairs = _pairs(raw, i.seed_pairs, i.skip_bad)
+    if i.held_out:
+        raw.held_out_pairs = _pairs(raw, i.held_out, i.skip_bad)
+    elif raw.seed_pairs:
+        raw.seed_pairs, raw.held_out_pairs = data.hold_out(raw.seed_pairs, seed=recipe.seed)
+        raw.notes.append(f"{len(raw.held_out_pairs)} of the seed pairs are held out for measuring.")
+    if i.prompts and recipe.rounds:
+        raw.prompts = prompts_of(raw, i.prompts, i.skip_bad)
+        raw.prompts, shared = data.without(raw.prompts, raw.held_out_pairs + raw.seed_pairs)
+        if shared:
+            raw.notes.append(f"{shared} prompts also occur among the labelled pairs and are left out of the rounds.")
+    return raw
+
+
+def _pairs(raw: Raw, source: str, skip_bad: bool) -> list[Pair]:
+    pairs, report = data.read_pairs(source, skip_bad=skip_bad)
+    raw.notes += report.lines()
+    return pairs
+
+
+def prompts_of(raw: Raw, source: str, skip_bad: bool) -> list[Prompt]:
+    """Prompts of a source; what was skipped is noted."""
+    prompts, report = data.read_prompts(source, skip_bad=skip_bad)
+    raw.notes += report.lines()
+    return prompts
+
+
+def encode_all(raw: Raw, backend: Backend, recipe: Recipe) -> Data:
+    """Records as token ids, the prompts split over the rounds. What is skipped or cut is counted in `notes`."""
+    notes = list(raw.notes)
+    shares = data.split_rounds(raw.prompts, recipe.rounds, recipe.round_sizes, recipe.seed) if recipe.rounds else []
+
+    def prompts(records: list[Prompt], name: str) -> list[tuple[Prompt, Ids]]:
+        found, report = encode.encode_prompts(
+            records,
+            backend.tokenizer,
+            max_prompt_length=recipe.lengths.max_prompt_length,
+            long_prompts=recipe.lengths.long_prompts,
+            max_tokens=recipe.sampling.max_tokens,
+            context=backend.context,
+        )
+        return _told(notes, name, found, len(records), report)
+
+    def pairs(records: list[Pair], name: str) -> list[tuple[Pair, Row]]:
+        found, report = encode.encode_pairs(
+            records,
+            backend.tokenizer,
+            max_prompt_length=recipe.lengths.max_prompt_length,
+            max_length=min(recipe.lengths.max_length, backend.context),
+            long_prompts=recipe.lengths.long_prompts,
+            context=backend.context,
+        )
+        return _told(notes, name, found, len(records), report)
+
+    return Data(
+        seed_pairs=pairs(raw.seed_pairs, "seed pairs"),
+        rounds=[prompts(share, f"prompts of round {i}") for i, share in enumerate(shares, start=1)],
+        held_out_pairs=pairs(raw.held_out_pairs[: recipe.measure.pairs], "held-out pairs"),
+        held_out_prompts=prompts(raw.held_out_prompts[: recipe.measure.prompts], "held-out prompts"),
+        gold=raw.gold,
+        notes=notes,
+    )
+
+
+T = TypeVar("T")
+
+
+def _told(notes: list[str], name: str, found: list[T], given: int, report: encode.EncodeReport) -> list[T]:
+    """Note what encoding skipped or cut; an empty result is an error where something was given."""
+    if given and not found:
+        raise DataError(f"{name}: none of {given} can be used: {' '.join(report.lines()[1:])}")
+    if len(report.lines()) > 1:
+        notes.append(f"{name}: {' '.join(report.lines())}")
+    return found

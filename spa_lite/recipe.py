@@ -1,0 +1,440 @@
+"""Every setting exactly once: its default, its help text, the command-line flag that sets it, the stages it affects.
+
+The defaults are the paper's (recipe `spa`, scale `paper`). A recipe is the method, a scale its size; both are
+YAML files of the settings that differ. A setting's name is its path: `sampling.temp`, `refine.K`. A stage's key
+holds only the settings that name it, so that a change elsewhere costs nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from spa_lite.errors import RecipeError
+
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+Positive = Annotated[float, Meta(gt=0)]
+Nonnegative = Annotated[float, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
+
+ALL_STAGES = ("seed", "sample", "judge", "train", "measure")
+
+
+def setting(default: Any, help: str, *stages: str, flag: str | None = None) -> Any:  # noqa: A002 - the field's own word
+    """One setting. `stages` it affects; none for what changes memory, speed or place only."""
+    metadata = {"help": help, "stages": stages, "flag": flag}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where things come from. A stage's key holds the content, never the path."""
+
+    model: str | None = setting(None, "Model folder or hub name; none: the built-in lesson model.", flag="--model")
+    backend: str | None = setting(None, "torch or toy, or module:Class; none: the best one here.", flag="--backend")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps.", flag="--device")
+    seed_pairs: str | None = setting(None, "Human-labelled pairs: file, - or hub:owner/name[:split].", flag="--seed-pairs")
+    prompts: str | None = setting(None, "Unlabelled prompts: file, - or hub:owner/name[:split].", flag="--prompts")
+    held_out: str | None = setting(
+        None, "Held-out labelled pairs; none: 10 % of the seed pairs, disjoint by prompt.", flag="--held-out"
+    )
+    no_seed_pairs: bool = setting(
+        False, "Skip the seed stage; pi_0 is --adapter-path, or pi_init is --init-model.", flag="--no-seed-pairs"
+    )
+    adapter_path: str | None = setting(None, "Adapter that is the policy pi_0.", flag="--adapter-path")
+    init_adapter: str | None = setting(None, "Adapter that is pi_init; none: the bare base.", flag="--init-adapter")
+    init_model: str | None = setting(None, "Whole other model that is pi_init when judging.", flag="--init-model")
+    skip_bad: bool = setting(False, "Skip and count bad records instead of stopping.", flag="--skip-bad")
+    limit_prompts: Count | None = setting(None, "Use only this many prompts (a smoke run).", flag="--limit-prompts")
+
+
+@dataclass(frozen=True)
+class Model:
+    """How the model is loaded and how it reads a conversation."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Base weights: float32 on CPU and MPS, bfloat16 on CUDA.", *ALL_STAGES, flag="--dtype"
+    )
+    load_in_4bit: bool = setting(False, "Quantise the base to 4 bits (CUDA).", *ALL_STAGES, flag="--load-in-4bit")
+    trust_remote_code: bool = setting(False, "Run code that comes with the model.", flag="--trust-remote-code")
+    system: str | None = setting(None, "System turn for conversations that have none.", *ALL_STAGES, flag="--system")
+    template: str | None = setting(
+        None, "Chat template: a Jinja file, or plain; none: the tokenizer's own.", *ALL_STAGES, flag="--template"
+    )
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Limits in tokens."""
+
+    max_prompt_length: Count = setting(1024, "Longest prompt.", *ALL_STAGES, flag="--max-prompt-length")
+    max_length: Count = setting(2048, "Longest prompt plus human answer.", "seed", "measure", flag="--max-seq-length")
+    long_prompts: Literal["skip", "cut"] = setting(
+        "skip", "Longer prompts: skip, or cut (keep their end).", *ALL_STAGES, flag="--long-prompts"
+    )
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The adapter. The paper trains full weights; rank and learning rate are this project's choice."""
+
+    rank: Count = setting(16, "Rank.", "seed", "train", flag="--lora-rank")
+    alpha: Positive = setting(32.0, "Scale numerator: updates are multiplied by alpha / rank.", "seed", "train", flag="--lora-alpha")
+    targets: list[str] = setting(
+        ["all-linear"], "Names of adapted layers; all-linear: every one but the head.", "seed", "train", flag="--lora-targets"
+    )
+
+
+@dataclass(frozen=True)
+class SeedDpo:
+    """The seed stage: plain DPO on the human pairs, reference pi_init (Eq. 6)."""
+
+    epochs: Count = setting(3, "Passes over the seed pairs.", "seed", flag="--seed-epochs")
+    batch_size: Count = setting(32, "Pairs per optimizer step.", "seed", flag="--seed-batch-size")
+    learning_rate: Positive = setting(5e-5, "Peak learning rate (the paper: 5e-7, full weights).", "seed", flag="--seed-learning-rate")
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How answers are drawn from pi_{i-1}."""
+
+    n: Annotated[int, Meta(ge=2)] = setting(2, "Answers per prompt; the best and the worst make the pair.", "sample", flag="--n")
+    temp: Nonnegative = setting(0.7, "Temperature.", "sample", "measure", flag="--temp")
+    top_p: Annotated[float, Meta(gt=0, le=1)] = setting(1.0, "Nucleus mass.", "sample", "measure", flag="--top-p")
+    max_tokens: Count = setting(300, "Longest answer.", "sample", "measure", flag="--max-tokens")
+    append_eos: bool = setting(
+        False, "Close answers that hit the cap with an end of turn, as the released code does.", "sample", flag="--append-eos"
+    )
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Who labels the pairs."""
+
+    by: Literal["implicit", "random", "longest", "gold"] = setting(
+        "implicit", "implicit (Eq. 7); controls: random, longest, gold (lesson only).", "judge", flag="--judge"
+    )
+    reference: Literal["init", "lagged", "none"] = setting(
+        "init", "init: pi_init; lagged: pi_{i-2}; none: likelihood alone.", "judge", flag="--judge-reference"
+    )
+    tie: Literal["a", "b"] = setting("b", "Winner at an exact tie: the paper's Eq. 8 gives b, the released code a.", "judge", flag="--tie")
+    identical: Literal["drop", "keep"] = setting(
+        "drop", "Pairs of identical answers: drop (and count) or keep.", "judge", flag="--identical"
+    )
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """DPO."""
+
+    beta: Positive = setting(0.1, "Strength of the pull towards the reference (Eq. 5).", "seed", "judge", "train", flag="--beta")
+
+
+@dataclass(frozen=True)
+class Refine:
+    """Self-refinement: soften pairs that look like noise (Eq. 9 to 12)."""
+
+    alpha: Fraction = setting(0.1, "Label smoothing of a flagged pair; 0 turns refinement off.", "train", flag="--alpha")
+    K: Fraction = setting(0.1, "Share of lowest margins that is flagged.", "train", flag="--refine-k")
+    lambda_: Nonnegative = setting(0.5, "Extrapolation of round 1 (Eq. 11); 0: flag by the plain margin.", "train", flag="--lambda")
+    lambda_decay: Nonnegative = setting(0.5, "Factor on lambda from round to round.", "train", flag="--lambda-decay")
+    warmup: Fraction = setting(0.2, "Share of optimizer steps before refinement starts.", "train", flag="--refine-warmup")
+    window: Annotated[int, Meta(ge=2)] = setting(50, "Recent margins the threshold is taken from.", "train", flag="--window")
+    rule: Literal["paper", "official"] = setting(
+        "paper", "Threshold: paper (percentile, per step) or official (the released code's rank rule, per pair).", "train",
+        flag="--threshold-rule",
+    )
+    before_full: Literal["off", "zero"] = setting(
+        "off", "Until the window is full: off (flag nothing) or zero (threshold 0, as released).", "train", flag="--before-full"
+    )
+
+
+@dataclass(frozen=True)
+class Train:
+    """Optimisation. Optimizer and schedule restart every round."""
+
+    epochs: Count = setting(1, "Passes over a round's pairs.", "train", flag="--epochs")
+    batch_size: Count = setting(32, "Pairs per optimizer step.", "train", flag="--batch-size")
+    learning_rate: Positive = setting(5e-5, "Peak learning rate (the paper: 5e-7, full weights).", "train", flag="--learning-rate")
+    schedule: Literal["cosine", "constant"] = setting("cosine", "After the warm-up.", "seed", "train", flag="--schedule")
+    warmup: Fraction = setting(0.1, "Share of steps with a rising learning rate.", "seed", "train", flag="--warmup")
+    weight_decay: Nonnegative = setting(0.0, "AdamW weight decay.", "seed", "train", flag="--weight-decay")
+    max_grad_norm: Positive = setting(1.0, "Gradient clipping (global norm).", "seed", "train", flag="--max-grad-norm")
+    max_steps: Count | None = setting(None, "Stop a training stage after this many steps.", "seed", "train", flag="--max-steps")
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Memory and speed only."""
+
+    micro: Count = setting(8, "Pairs per forward pass in training.", flag="--micro-batch")
+    sample: Count = setting(64, "Prompts decoded together.", flag="--sample-batch")
+    score: Count = setting(32, "Rows scored together.", flag="--score-batch")
+    gradient_checkpointing: bool = setting(False, "Recompute activations to save memory.", flag="--grad-checkpoint")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is measured after every stage."""
+
+    prompts: Natural = setting(400, "Held-out prompts answered (lesson).", "measure", flag="--measure-prompts")
+    pairs: Natural = setting(500, "Held-out pairs judged, at most.", "measure", flag="--measure-pairs")
+    bootstrap: Count = setting(2000, "Resamples of the paired bootstrap.", "measure", flag="--bootstrap")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Sizes of the built-in world, used when no prompts are given."""
+
+    seed_pairs: Count = setting(60, "Gold-labelled pairs.", flag="--lesson-seed-pairs")
+    prompts: Count = setting(2000, "Unlabelled prompts over all rounds.", flag="--lesson-prompts")
+    held_out: Count = setting(400, "Held-out prompts.", flag="--lesson-held-out")
+    split: Literal["tune", "heldout"] = setting("heldout", "Which unseen prompts are measured on.", flag="--lesson-split")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings."""
+
+    name: str = setting("spa", "Name of the recipe.")
+    scale: str = setting("paper", "Name of the scale.")
+    seed: int = setting(0, "Seed of every random stream.", *ALL_STAGES, flag="--seed")
+    rounds: Natural = setting(3, "Rounds of sample, judge, train.", flag="--rounds")
+    round_sizes: list[Count] | None = setting(
+        None, "Prompts per round (the paper: 8000, 20000, 30000); none: even shares.", flag="--round-sizes"
+    )
+    inputs: Inputs = field(default_factory=Inputs)
+    model: Model = field(default_factory=Model)
+    lengths: Lengths = field(default_factory=Lengths)
+    lora: Lora = field(default_factory=Lora)
+    seed_dpo: SeedDpo = field(default_factory=SeedDpo)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    refine: Refine = field(default_factory=Refine)
+    train: Train = field(default_factory=Train)
+    batching: Batching = field(default_factory=Batching)
+    measure: Measure = field(default_factory=Measure)
+    lesson: Lesson = field(default_factory=Lesson)
+
+    def get(self, path: str) -> Any:
+        """Value of the setting with this path."""
+        return settings_of(self)[path]
+
+    def for_stage(self, stage: str) -> dict[str, Any]:
+        """The settings that enter a stage's key."""
+        return {s.path: self.get(s.path) for s in SETTINGS.values() if stage in s.stages}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as written to recipe.yaml."""
+        return nest(settings_of(self))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Description of one setting."""
+
+    path: str
+    type: Any
+    default: Any
+    help: str
+    stages: tuple[str, ...]
+    flag: str | None
+
+
+def _describe(cls: type, prefix: str = "") -> Iterator[Setting]:
+    """All settings below a dataclass, in order."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for f in dataclasses.fields(cls):
+        path = f"{prefix}{f.name.rstrip('_')}"
+        if "help" not in f.metadata:
+            yield from _describe(hints[f.name], f"{path}.")
+            continue
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        yield Setting(path, hints[f.name], default, f.metadata["help"], f.metadata["stages"], f.metadata["flag"])
+
+
+SETTINGS: dict[str, Setting] = {s.path: s for s in _describe(Recipe)}
+"""Every setting by path."""
+
+
+def settings_of(node: Any, prefix: str = "") -> dict[str, Any]:
+    """path -> value of a recipe (or of a part of one)."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(node):
+        value, path = getattr(node, f.name), f"{prefix}{f.name.rstrip('_')}"
+        flat |= settings_of(value, f"{path}.") if dataclasses.is_dataclass(value) else {path: value}
+    return flat
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a.b": 1} -> {"a": {"b": 1}}."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *groups, leaf = path.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[leaf] = value
+    return tree
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat |= flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+    return flat
+
+
+def check_path(path: str, source: str) -> Setting:
+    """The setting of that path, or RecipeError naming the nearest one."""
+    if path in SETTINGS:
+        return SETTINGS[path]
+    leaves = {p.rsplit(".", 1)[-1]: p for p in SETTINGS}
+    near = difflib.get_close_matches(path, SETTINGS, n=1) or [
+        leaves[leaf] for leaf in difflib.get_close_matches(path.rsplit(".", 1)[-1], leaves, n=1)
+    ]
+    hint = f"; did you mean {near[0]}?" if near else "; spa-lite recipes lists them"
+    raise RecipeError(f"{source}: there is no setting {path!r}{hint}")
+
+
+def convert(path: str, value: Any, source: str) -> Any:
+    """A value of the setting's type. Text is read as the type needs it (`1e-4`, `true`), nothing is guessed otherwise."""
+    wanted = check_path(path, source).type
+    try:
+        if isinstance(value, str) and "float" in str(wanted):
+            value = float(value)  # msgspec and YAML both refuse spellings such as `.3` and `1e-4`
+        return msgspec.convert(value, wanted, strict=not isinstance(value, str))
+    except (msgspec.ValidationError, ValueError) as error:
+        raise RecipeError(f"{source}: {path} = {value!r}: {error}") from None
+
+
+def build(layers: Mapping[str, Mapping[str, Any]]) -> tuple[Recipe, dict[str, str]]:
+    """A recipe from layers of {path: value}, later ones winning; and for each path the layer its value came from."""
+    flat = {s.path: s.default for s in SETTINGS.values()}
+    source = dict.fromkeys(flat, "default")
+    for name, layer in layers.items():
+        for path, value in layer.items():
+            flat[path] = convert(path, value, name)
+            source[path] = name
+    recipe = _construct(Recipe, flat)
+    check(recipe)
+    return recipe, source
+
+
+def _construct(cls: Any, flat: Mapping[str, Any], prefix: str = "") -> Any:
+    values = {}
+    for f in dataclasses.fields(cls):
+        path = f"{prefix}{f.name.rstrip('_')}"
+        if "help" in f.metadata:
+            values[f.name] = flat[path]
+        else:
+            values[f.name] = _construct(typing.get_type_hints(cls)[f.name], flat, f"{path}.")
+    return cls(**values)
+
+
+def shipped(kind: Literal["recipe", "scale"]) -> dict[str, Path]:
+    """Names and files of the shipped recipes or scales."""
+    folder = Path(str(resources.files("spa_lite.recipes")))
+    return {p.stem.removeprefix("scale-"): p for p in sorted(folder.glob("*.yaml")) if (kind == "scale") == p.stem.startswith("scale-")}
+
+
+def load_layer(kind: Literal["recipe", "scale"], name: str) -> dict[str, Any]:
+    """Settings of a shipped recipe or scale, or of a YAML file. Raises RecipeError naming the nearest."""
+    known = shipped(kind)
+    if name in known:
+        return read_yaml(known[name])
+    if Path(name).suffix in {".yaml", ".yml"}:
+        return read_yaml(Path(name))
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise RecipeError(f"there is no {kind} {name!r}{hint} (shipped: {', '.join(known)}; or give a .yaml file)")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """{path: value} of a YAML file of settings, nested or dotted. Raises RecipeError on anything unknown."""
+    import yaml
+
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"cannot read {path}: {error.strerror}; check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} must hold settings (name: value), not a {type(tree).__name__}")
+    flat = flatten({str(k): v for k, v in tree.items()})
+    for setting_path in flat:
+        check_path(setting_path, str(path))
+    return flat
+
+
+def parse_set(text: str) -> tuple[str, Any]:
+    """`group.field=value` -> (path, value). Lists are written a,b,c; `none` is no value."""
+    path, equals, value = text.partition("=")
+    path = path.strip().replace("-", "_")
+    if not equals:
+        raise RecipeError(f"--set {text!r} needs the form group.field=value")
+    return path, read_text(check_path(path, "--set"), value.strip())
+
+
+def read_text(s: Setting, value: str) -> Any:
+    """A command-line word as the value of a setting."""
+    if value.lower() in {"none", "null"} and type(None) in typing.get_args(s.type):
+        return None
+    if "list" in str(s.type):
+        return [convert_item(item) for item in value.split(",") if item]
+    return value
+
+
+def convert_item(text: str) -> int | str:
+    """An element of a list: a whole number where it looks like one."""
+    return int(text) if text.strip().isdigit() else text.strip()
+
+
+def check(recipe: Recipe) -> None:
+    """Contradictions between settings. Raises RecipeError naming both."""
+    r = recipe
+    if r.round_sizes is not None and len(r.round_sizes) != r.rounds:
+        raise RecipeError(f"round_sizes names {len(r.round_sizes)} rounds but rounds is {r.rounds}; make them agree")
+    if r.refine.rule == "official" and int(r.refine.window * r.refine.K) + 1 >= r.refine.window:
+        raise RecipeError(f"refine.K={r.refine.K:g} is too large for refine.rule=official; lower it below 0.98")
+    if r.sampling.temp == 0 and r.judge.identical == "drop" and r.rounds:
+        raise RecipeError("sampling.temp=0 draws the same answer every time, so no pair is left; raise --temp")
+    if r.lengths.max_length <= r.lengths.max_prompt_length:
+        raise RecipeError(
+            f"lengths.max_length={r.lengths.max_length} leaves no room after lengths.max_prompt_length="
+            f"{r.lengths.max_prompt_length}; raise the first or lower the second"
+        )
+    if r.inputs.no_seed_pairs and r.inputs.seed_pairs:
+        raise RecipeError("inputs.seed_pairs and inputs.no_seed_pairs exclude each other; give one")
+    if r.inputs.no_seed_pairs and r.judge.by == "implicit" and r.judge.reference == "init" and not (
+        r.inputs.adapter_path or r.inputs.init_model
+    ):
+        raise RecipeError(
+            "with --no-seed-pairs the judge's policy would equal its reference; "
+            "give --adapter-path (the policy) or --init-model (the reference)"
+        )
+    if not r.inputs.no_seed_pairs and r.inputs.adapter_path:
+        raise RecipeError("--adapter-path is pi_0 and needs --no-seed-pairs; use --init-adapter for pi_init")
+
+
+def for_round(recipe: Recipe, round_: int) -> float:
+    """lambda of round 1, 2, ...: the paper halves it each round."""
+    return recipe.refine.lambda_ * recipe.refine.lambda_decay ** (round_ - 1)

@@ -1,0 +1,142 @@
+"""The records that pass between stages and lie in a run folder: frozen, typed, one JSON line each.
+
+Token ids are the truth: a sampled answer is judged and trained on as exactly the ids that were sampled.
+Texts are there for people to read.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+Ids = tuple[int, ...]
+Ended = Literal["eos", "cap", "human"]
+"""How an answer ended: the model stopped, the length cap cut it, or a person wrote it."""
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=False):
+    """Base of all records."""
+
+
+class Message(Record):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class Prompt(Record):
+    """A conversation that ends with a user turn. `extra` keeps whatever other fields the record had."""
+
+    id: str
+    messages: tuple[Message, ...]
+    extra: dict[str, Any] = {}
+
+
+class Pair(Record):
+    """A prompt with two answers, the first preferred by a person."""
+
+    id: str
+    messages: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    extra: dict[str, Any] = {}
+
+    @property
+    def prompt(self) -> Prompt:
+        """The pair's prompt alone."""
+        return Prompt(id=self.id, messages=self.messages, extra=self.extra)
+
+
+class Completion(Record):
+    """One sampled answer.
+
+    `logprobs` are per token, in nats, at temperature 1 whatever the sampling temperature was. The
+    end-of-turn token is part of `ids` exactly when `ended` is "eos".
+    """
+
+    ids: Ids
+    text: str
+    ended: Ended
+    logprobs: tuple[float, ...] = ()
+
+
+class Sample(Record):
+    """A prompt, the ids it was rendered to, and its n sampled answers. One line of `samples.jsonl`."""
+
+    id: str
+    messages: tuple[Message, ...]
+    prompt_ids: Ids
+    completions: tuple[Completion, ...]
+    extra: dict[str, Any] = {}
+
+
+class Row(Record):
+    """What a backend scores and trains on: one prompt and 1 to n responses, as token ids."""
+
+    prompt: Ids
+    responses: tuple[Ids, ...]
+
+
+class Score(Record):
+    """Summed log-probability (nats) of one response and the number of its tokens."""
+
+    logp: float
+    tokens: int
+    per_token: tuple[float, ...] | None = None
+
+
+class Side(Record):
+    """One of the two judged answers: text, ids and both sums (nats, no beta)."""
+
+    text: str
+    ids: Ids
+    ended: Ended
+    policy: float
+    reference: float
+
+    @property
+    def logratio(self) -> float:
+        """log pi_policy / pi_reference of the whole response, in nats."""
+        return self.policy - self.reference
+
+
+class Judgement(Record):
+    """Two answers to one prompt and which one the judge prefers. One line of `judgements.jsonl`.
+
+    `margin` is beta * (logratio_a - logratio_b), `p` its sigmoid: the probability that a is better
+    (Eq. 7). `label` is "a" or "b". For judges that read no log-probability (random, longest, gold)
+    margin and p still report the log-ratios they were given, and `label` is the judge's own.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    prompt_ids: Ids
+    a: Side
+    b: Side
+    logratio_a: float
+    logratio_b: float
+    margin: float
+    p: float
+    label: Literal["a", "b"]
+    tie: bool
+    tokens_a: int
+    tokens_b: int
+    judge: str = "implicit"
+    extra: dict[str, Any] = {}
+
+    @property
+    def chosen(self) -> Side:
+        """The preferred answer."""
+        return self.a if self.label == "a" else self.b
+
+    @property
+    def rejected(self) -> Side:
+        """The other answer."""
+        return self.b if self.label == "a" else self.a
+
+    @property
+    def row(self) -> Row:
+        """The training row: chosen first."""
+        return Row(prompt=self.prompt_ids, responses=(self.chosen.ids, self.rejected.ids))

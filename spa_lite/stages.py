@@ -1,0 +1,424 @@
+"""What the page `spa.py` calls: each step of the method as one stage of a run folder, with its key and its files.
+
+A stage binds the roles it needs, calls the function of the same name (`sample`, `judge`, `train`) and writes what
+came out. A policy is named by the stage that made it, so a key never depends on where a run lies.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from spa_lite import backend as contract
+from spa_lite import evaluate, objective
+from spa_lite.backend import INIT, POLICY, Backend
+from spa_lite.errors import DataError, ModelError
+from spa_lite.evaluate import GoldRule
+from spa_lite.events import Event, Report, silent
+from spa_lite.judge import Scorer, counts, judge, no_reference, scorer
+from spa_lite.recipe import Recipe, for_round
+from spa_lite.records import Completion, Ids, Judgement, Pair, Prompt, Row, Sample
+from spa_lite.sample import sample
+from spa_lite.store import Run, Stage, digest, write_atomic, write_json
+from spa_lite.train import pairs_of, round_plan, seed_plan, train
+
+Encoded = tuple[Prompt, Ids]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Everything a run reads, already as token ids. `gold` is the truth where it is known (the lesson)."""
+
+    seed_pairs: list[tuple[Pair, Row]]
+    rounds: list[list[Encoded]]
+    held_out_pairs: list[tuple[Pair, Row]]
+    held_out_prompts: list[Encoded]
+    gold: GoldRule | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """An adapter, and the key of the stage (or the digest of the folder) that it comes from."""
+
+    adapter: Path | None
+    key: str
+
+
+class Models:
+    """The one model in memory, and, for the no-seed study, a whole other one that takes its place while it scores."""
+
+    def __init__(
+        self,
+        load: Callable[[], Backend],
+        init_adapter: Path | None = None,
+        policy_adapter: Path | None = None,
+        load_reference: Callable[[], Backend] | None = None,
+    ) -> None:
+        self._load, self._load_reference = load, load_reference
+        self._backend: Backend | None = None
+        self.init_adapter, self.policy_adapter = init_adapter, policy_adapter
+
+    @property
+    def backend(self) -> Backend:
+        """The model, loaded on first use."""
+        if self._backend is None:
+            self._backend = self._load()
+        return self._backend
+
+    @property
+    def has_other_reference(self) -> bool:
+        """Whether pi_init is a whole other model."""
+        return self._load_reference is not None
+
+    def identity(self) -> list[str | None]:
+        """Digests of the adapters a run starts from."""
+        return [folder_digest(self.init_adapter), folder_digest(self.policy_adapter)]
+
+    def other_reference(self) -> str:
+        """Fingerprint of the other model, which is loaded alone for it."""
+        with self._alone() as other:
+            return other.fingerprint
+
+    def score_by_other_reference(self, rows: Sequence[Row]) -> list[tuple[float, ...]]:
+        """Sums under the other model, loaded alone and released. Raises ModelError if its vocabulary differs."""
+        ours = _vocabulary(self.backend)
+        with self._alone() as other:
+            if _vocabulary(other) != ours:
+                raise ModelError("--init-model reads text differently from --model; both need the same tokenizer")
+            other.bind(INIT, None)
+            return scorer(other, INIT)(rows)
+
+    @contextmanager
+    def _alone(self) -> Iterator[Backend]:
+        assert self._load_reference is not None
+        self._backend = None
+        gc.collect()
+        other = self._load_reference()
+        yield other
+        del other
+        gc.collect()
+
+
+def _vocabulary(backend: Backend) -> tuple[Ids, Any]:
+    probe = "The quick brown fox, 1234567890; naïve 東京 🙂"
+    return backend.tokenizer.encode_answer((), probe), backend.description.get("vocabulary")
+
+
+class Workshop:
+    """The stages of one run. Methods are named as the page `spa.py` calls them."""
+
+    def __init__(self, models: Models, recipe: Recipe, data: Data, run: Run, report: Report = silent) -> None:
+        self.models, self.recipe, self.data, self.run, self.report = models, recipe, data, run, report
+        self.summaries: dict[str, dict[str, dict[str, Any]]] = {}
+        self.init = Policy(models.init_adapter, digest(["init", folder_digest(models.init_adapter)]))
+
+    # -- stages ------------------------------------------------------------------------------------------------
+
+    def seed_dpo(self) -> Policy:
+        """pi_0: plain DPO on the seed pairs, from pi_init, reference pi_init (Eq. 6)."""
+
+        def work(folder: Path) -> dict[str, Any]:
+            backend = self._bind(None, training=True)
+            pairs = [(pair.id, row) for pair, row in self.data.seed_pairs]
+            plan = seed_plan(self.recipe, len(pairs))
+            with Lines(folder / "metrics.jsonl") as log:
+                summary = train(backend, pairs, objective.Dpo(self.recipe.loss.beta), plan, self.recipe, log, self.report, "seed")
+            backend.save(folder / "adapter")
+            return summary
+
+        inputs = {"pi_init": self.init.key, "seed pairs": digest([row for _, row in self.data.seed_pairs])}
+        return self._policy(self._once("rounds/0", "seed", ("adapter", "metrics.jsonl"), inputs, work))
+
+    def given_policy(self) -> Policy:
+        """pi_0 of a run without seed pairs: the adapter the user gave, or pi_init itself (judged by another model)."""
+        adapter = self.models.policy_adapter or self.models.init_adapter
+        return Policy(adapter, digest(["given", folder_digest(adapter)]))
+
+    def sample(self, i: int, policy: Policy) -> Stage:
+        """Two answers per prompt of X_i from pi_{i-1}."""
+        prompts = self.data.rounds[i - 1]
+        stage = f"round {i} sample"
+
+        def work(folder: Path) -> dict[str, Any]:
+            backend = self._bind(policy.adapter)
+            tokens = capped = 0
+            with Lines(folder / "samples.jsonl") as write:
+                for s in sample(backend, prompts, self.recipe, i, self.report, stage):
+                    write(s)
+                    tokens += sum(len(c.ids) for c in s.completions)
+                    capped += sum(c.ended == "cap" for c in s.completions)
+            return {"prompts": len(prompts), "tokens": tokens, "capped": capped}
+
+        inputs = {"policy": policy.key, "prompts": digest([(p.id, ids) for p, ids in prompts])}
+        return self._once(f"rounds/{i}", "sample", ("samples.jsonl",), inputs, work)
+
+    def judge(self, i: int, samples: Stage, policy: Policy, lagged: Policy | None) -> Stage:
+        """Label the answers by the implicit reward of pi_{i-1} against pi_init (or what judge.reference says)."""
+        reference, reference_key = self._judge_reference(policy, lagged)
+
+        def work(folder: Path) -> dict[str, Any]:
+            backend = self._bind(policy.adapter, lagged)
+            pile = read_samples(folder / "samples.jsonl")
+            gold = evaluate.gold_of(self.data.gold) if self.data.gold else None
+            own = self._counted(scorer(backend, POLICY), f"round {i} judge", len(pile))
+            judged = list(judge(pile, own, reference(backend), self.recipe, i, gold))
+            with Lines(folder / "judgements.jsonl") as write:
+                for judgement in judged:
+                    write(judgement)
+            return counts(judged)
+
+        inputs = {"samples": samples.key, "policy": policy.key, "reference": reference_key}
+        return self._once(f"rounds/{i}", "judge", ("judgements.jsonl",), inputs, work)
+
+    def train(self, i: int, judgements: Stage, policy: Policy) -> Policy:
+        """pi_i: refined DPO on the round's pairs, from pi_{i-1}, reference pi_{i-1} (Eq. 10 to 12)."""
+
+        def work(folder: Path) -> dict[str, Any]:
+            pairs = pairs_of(read_judgements(folder / "judgements.jsonl"), self.recipe)
+            if not pairs:
+                raise DataError(f"round {i}: every pair holds two identical answers, so there is nothing to learn; raise --temp")
+            backend = self._bind(policy.adapter, training=True)
+            with Lines(folder / "metrics.jsonl") as log:
+                plan = round_plan(self.recipe, len(pairs))
+                loss = round_objective(self.recipe, i, plan.steps)
+                summary = train(backend, pairs, loss, plan, self.recipe, log, self.report, f"round {i} train", i)
+            backend.save(folder / "adapter")
+            return summary
+
+        inputs = {"judgements": judgements.key, "policy": policy.key}
+        return self._policy(self._once(f"rounds/{i}", "train", ("adapter", "metrics.jsonl"), inputs, work))
+
+    def measure(self, folder: str, policy: Policy | None) -> None:
+        """Held-out measures of a policy (None: pi_init): answers scored by gold where known, accuracy on human pairs."""
+        who = policy or self.init
+        baseline = self._baseline() if policy else None
+
+        def work(place: Path) -> dict[str, Any]:
+            backend = self._bind(who.adapter)
+            found: dict[str, Any] = {}
+            if self.data.gold and self.data.held_out_prompts:
+                found |= self._gold_measures(backend, place, baseline, f"{folder} measure")
+            if policy and self.data.held_out_pairs:
+                found |= self._pair_measures(backend, f"{folder} measure")
+            if policy and self.data.gold and (place / "judgements.jsonl").exists():
+                found |= self._label_measures(place)
+            return found
+
+        inputs = {
+            "policy": who.key,
+            "held out": digest([[ids for _, ids in self.data.held_out_prompts], [r for _, r in self.data.held_out_pairs]]),
+        }
+        self._once(folder, "measure", ("answers.jsonl",), inputs, work)
+
+    # -- measures ----------------------------------------------------------------------------------------------
+
+    def _gold_measures(self, backend: Backend, place: Path, baseline: list[float] | None, stage: str) -> dict[str, Any]:
+        """One answer per held-out prompt (same keys for every policy), its gold, and the win rate against pi_init."""
+        rule = self.data.gold
+        assert rule is not None
+        prompts = self.data.held_out_prompts
+        answers = list(sample(backend, prompts, self.recipe, 0, self.report, stage, n=1))
+        with Lines(place / "answers.jsonl") as write:
+            for answer in answers:
+                write(answer)
+        means, scores = evaluate.gold_means(answers, rule)
+        found: dict[str, Any] = {"gold": means, "length": _mean([len(a.completions[0].ids) for a in answers])}
+        if baseline is not None:
+            rate = evaluate.win_rate(scores, baseline, self.recipe.seed, self.recipe.measure.bootstrap)
+            found["win_rate"] = rate.to_dict()
+        return found
+
+    def _baseline(self) -> list[float] | None:
+        """Gold scores of pi_init's answers, from its own measure stage."""
+        path = self.run.folder / "init" / "answers.jsonl"
+        if self.data.gold is None or not path.exists():
+            return None
+        return evaluate.gold_means(read_samples(path), self.data.gold)[1]
+
+    def _pair_measures(self, backend: Backend, stage: str) -> dict[str, Any]:
+        """How often the policy's implicit reward prefers the human's choice on held-out pairs."""
+        pairs = self.data.held_out_pairs
+        pile = [pair_sample(pair, row) for pair, row in pairs]
+        own = self._counted(scorer(backend, POLICY), stage, len(pile))
+        reference = self.models.score_by_other_reference if self.models.has_other_reference else scorer(backend, INIT)
+        sums = list(zip(pile, own([_row(s) for s in pile]), reference([_row(s) for s in pile]), strict=True))
+        margins = [objective.margin(o[0], o[1], r[0], r[1], self.recipe.loss.beta) for _, o, r in sums]
+        hits = sum(0.5 if m == 0 else float(m > 0) for m in margins)
+        accuracy = evaluate.wilson(hits, len(margins))
+        return {"pair_accuracy": accuracy.to_dict() if accuracy else None, "pair_margin": _mean(margins)}
+
+    def _label_measures(self, place: Path) -> dict[str, Any]:
+        """Share of the round's self-labels that agree with gold, and how many of the flagged were truly wrong."""
+        assert self.data.gold is not None
+        judgements = read_judgements(place / "judgements.jsonl")
+        agreement = evaluate.label_agreement(judgements, self.data.gold)
+        lines = [msgspec.json.decode(line) for line in (place / "metrics.jsonl").read_bytes().splitlines()]
+        flagged = [i for line in lines for i in line["flagged"]]
+        return {
+            "label_accuracy": {name: interval.to_dict() for name, interval in agreement.items()},
+            "flags": evaluate.wrong_flags(judgements, flagged, self.data.gold),
+        }
+
+    # -- plumbing ----------------------------------------------------------------------------------------------
+
+    def _once(
+        self, folder: str, kind: str, outputs: tuple[str, ...], inputs: dict[str, str], work: Callable[[Path], dict[str, Any]]
+    ) -> Stage:
+        """Do a stage, or read it if it is finished; either way its summary is kept for the table."""
+        inputs = {"model": self.models.backend.fingerprint, **inputs}
+        stage = Stage(folder, kind, outputs, self.recipe.for_stage(kind), inputs)
+        self.summaries.setdefault(folder, {})[kind] = self.run.once(stage, work)
+        self.report(Event(stage.title, 1, 1, "stage"))
+        return stage
+
+    def _policy(self, stage: Stage) -> Policy:
+        return Policy(self.run.path(stage, "adapter"), stage.key)
+
+    def _bind(self, adapter: Path | None, lagged: Policy | None = None, training: bool = False) -> Backend:
+        """Put the roles on the base: pi_init, the policy, and whatever else is asked for."""
+        backend = self.models.backend
+        backend.bind(INIT, self.models.init_adapter)
+        if adapter or not training:
+            backend.bind(POLICY, adapter)
+        elif self.models.init_adapter:
+            backend.bind(POLICY, self.models.init_adapter)
+        else:
+            backend.bind(POLICY, None, lora_shape(self.recipe))
+        if lagged:
+            backend.bind("lagged", lagged.adapter)
+        if training:
+            backend.snapshot()
+        return backend
+
+    def _judge_reference(self, policy: Policy, lagged: Policy | None) -> tuple[Callable[[Backend], Scorer], str]:
+        """How to score under the judge's reference, and the key of that reference."""
+        which = self.recipe.judge.reference
+        if which == "none":
+            return lambda backend: no_reference, "none"
+        if which == "lagged" and lagged:
+            return lambda backend: scorer(backend, "lagged"), lagged.key
+        if self.models.has_other_reference:
+            return lambda backend: self.models.score_by_other_reference, self.models.other_reference()
+        if policy.key == self.init.key and self.recipe.judge.by == "implicit":
+            raise ModelError("the judge's policy equals its reference; give --adapter-path or --init-model")
+        return lambda backend: scorer(backend, INIT), self.init.key
+
+    def _counted(self, score: Scorer, stage: str, total: int) -> Scorer:
+        """A scorer that reports how far it is."""
+        done = 0
+
+        def counted(rows: Sequence[Row]) -> list[tuple[float, ...]]:
+            nonlocal done
+            sums = score(rows)
+            done += len(rows)
+            self.report(Event(stage, done, total, "pairs"))
+            return sums
+
+        return counted
+
+
+def round_objective(recipe: Recipe, round_: int, steps: int) -> objective.Refined:
+    """The refined loss of a round."""
+    r = recipe.refine
+    window = objective.Window(r.rule, r.K, r.window, r.before_full)
+    return objective.Refined(recipe.loss.beta, r.alpha, for_round(recipe, round_), window, r.warmup, steps)
+
+
+def lora_shape(recipe: Recipe) -> contract.Lora:
+    """The fresh adapter a recipe asks for."""
+    return contract.Lora(recipe.lora.rank, recipe.lora.alpha, tuple(recipe.lora.targets), recipe.seed)
+
+
+def pair_sample(pair: Pair, row: Row) -> Sample:
+    """A human pair as a sample with two answers, chosen first, ready to be judged."""
+    texts = (pair.chosen, pair.rejected)
+    answers = tuple(Completion(ids=i, text=t, ended="human") for i, t in zip(row.responses, texts, strict=True))
+    return Sample(id=pair.id, messages=pair.messages, prompt_ids=row.prompt, completions=answers, extra=pair.extra)
+
+
+def _row(s: Sample) -> Row:
+    return Row(prompt=s.prompt_ids, responses=tuple(c.ids for c in s.completions))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(sum(values) / len(values)) if values else None
+
+
+def folder_digest(folder: Path | None) -> str | None:
+    """Digest of an adapter folder's files."""
+    if folder is None:
+        return None
+    if not folder.is_dir():
+        raise ModelError(f"there is no adapter folder {folder}; check the path")
+    return digest([(p.name, digest(p.read_bytes())) for p in sorted(folder.iterdir()) if p.suffix in {".json", ".safetensors"}])
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Samples of a round."""
+    return [msgspec.json.decode(line, type=Sample) for line in path.read_bytes().splitlines()]
+
+
+def read_judgements(path: Path) -> list[Judgement]:
+    """Judgements of a round."""
+    return [msgspec.json.decode(line, type=Judgement) for line in path.read_bytes().splitlines()]
+
+
+class Lines:
+    """Write records as JSON lines, in order."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._encoder = msgspec.json.Encoder()
+
+    def __enter__(self) -> Callable[[Any], None]:
+        self._file = self.path.open("wb", buffering=1 << 16)
+        return lambda record: (self._file.write(self._encoder.encode(record) + b"\n"), None)[1]
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def summarise_run(shop: Workshop, policy: Policy) -> dict[str, Any]:
+    """Gather the stages into rows for the table, write summary.json, and put the final adapter at the top."""
+    rows = []
+    for folder, kinds in shop.summaries.items():
+        measured, trained = kinds.get("measure", {}), kinds.get("train") or kinds.get("seed") or {}
+        name = {"init": "init", "rounds/0": "seed"}.get(folder, folder.replace("rounds/", "round "))
+        rows.append({"stage": name, "folder": folder, **measured, "judged": kinds.get("judge"), "sampled": kinds.get("sample"), "trained": trained})
+    summary = {"recipe": shop.recipe.name, "scale": shop.recipe.scale, "rows": rows, "warnings": warnings(rows), "notes": shop.data.notes}
+    write_json(shop.run.folder / "summary.json", summary)
+    if policy.adapter:
+        final = shop.run.folder / "adapter"
+        final.mkdir(exist_ok=True)
+        for file in sorted(policy.adapter.iterdir()):
+            if file.name.startswith("adapter"):
+                write_atomic(final / file.name, file.read_bytes())
+    return summary
+
+
+def warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What a user should know before trusting the result: labels near chance, length as the judge, displacement."""
+    found = []
+    for row in rows:
+        judged, trained = row.get("judged") or {}, row.get("trained") or {}
+        right = (row.get("label_accuracy") or {}).get("score")
+        if right and right["high"] < 0.5:
+            found.append(f"{row['stage']}: the self-labels are wrong more often than right ({100 * right['value']:.0f} % right)")
+        if judged.get("unequal_lengths", 0) >= 50 and not 0.2 < judged["longer_wins"] < 0.8:
+            way = "longer" if judged["longer_wins"] > 0.5 else "shorter"
+            found.append(f"{row['stage']}: the judge almost always prefers the {way} answer; length may be all it sees")
+        if (trained.get("logratio_chosen") or 0.0) < -1.0:
+            found.append(
+                f"{row['stage']}: chosen answers lost {-trained['logratio_chosen']:.1f} nats of log-probability "
+                "(displacement); lower the learning rate or the number of epochs"
+            )
+        if trained.get("skipped"):
+            found.append(f"{row['stage']}: {trained['skipped']} training steps were skipped because they were not finite")
+    return found

@@ -1,0 +1,169 @@
+"""Step (c) of a round, and the seed stage: the one training loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from spa_lite.backend import Backend, Objective, Optimizer, StepStats
+from spa_lite.errors import TrainingDiverged
+from spa_lite.events import Event, Report, silent
+from spa_lite.keys import shuffled
+from spa_lite.recipe import Recipe
+from spa_lite.records import Judgement, Row
+
+PATIENCE = 3
+"""Non-finite steps in a row that stop a run."""
+
+
+class TrainObjective(Objective, Protocol):
+    """An objective that is told when an optimizer step ends."""
+
+    def end_step(self, skipped: bool = False) -> None:
+        """Called after each optimizer step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast: epochs, pairs per step, peak learning rate."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    rows: int
+    max_steps: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps; the last batch of an epoch may be smaller."""
+        steps = self.epochs * math.ceil(self.rows / self.batch_size)
+        return min(steps, self.max_steps) if self.max_steps else steps
+
+
+def seed_plan(recipe: Recipe, rows: int) -> Plan:
+    """The seed stage: DPO on the human pairs."""
+    s = recipe.seed_dpo
+    return Plan(s.epochs, s.batch_size, s.learning_rate, rows, recipe.train.max_steps)
+
+
+def round_plan(recipe: Recipe, rows: int) -> Plan:
+    """A round: one pass over its own pairs."""
+    t = recipe.train
+    return Plan(t.epochs, t.batch_size, t.learning_rate, rows, t.max_steps)
+
+
+def learning_rate(step: int, plan: Plan, recipe: Recipe) -> float:
+    """Linear warm-up over a share of the steps, then cosine to zero or constant. `step` counts from 0."""
+    warmup = recipe.train.warmup * plan.steps
+    if step + 1 <= warmup:
+        return plan.learning_rate * (step + 1) / warmup
+    if recipe.train.schedule == "constant":
+        return plan.learning_rate
+    progress = (step - warmup) / max(1.0, plan.steps - warmup)
+    return plan.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+
+
+def train(
+    backend: Backend,
+    pairs: Sequence[tuple[str, Row]],
+    objective: TrainObjective,
+    plan: Plan,
+    recipe: Recipe,
+    log: Callable[[dict[str, Any]], None] = lambda line: None,
+    report: Report = silent,
+    stage: str = "train",
+    round_: int = 0,
+) -> dict[str, Any]:
+    """Train POLICY on pairs (id, row with the chosen answer first). Returns a summary; `log` gets a line per step.
+
+    Raises TrainingDiverged after PATIENCE non-finite steps in a row (each of them is skipped and counted).
+    """
+    t = recipe.train
+    backend.start_training(Optimizer(weight_decay=t.weight_decay, max_grad_norm=t.max_grad_norm))
+    step, skipped, streak = 0, 0, 0
+    lines: list[dict[str, Any]] = []
+    for epoch in range(plan.epochs):
+        order = shuffled(len(pairs), recipe.seed, stage, round_, epoch)
+        for start in range(0, len(pairs), plan.batch_size):
+            if step >= plan.steps:
+                break
+            batch = [pairs[i] for i in order[start : start + plan.batch_size]]
+            rate = learning_rate(step, plan, recipe)
+            stats = backend.dpo_step([row for _, row in batch], objective, rate)
+            objective.end_step(stats.skipped)
+            step, skipped = step + 1, skipped + stats.skipped
+            streak = streak + 1 if stats.skipped else 0
+            lines.append(step_line(step, epoch, rate, [i for i, _ in batch], stats))
+            log(lines[-1])
+            report(Event(stage, step, plan.steps, "steps", f"skipped a non-finite step ({skipped} so far)" if streak else ""))
+            if streak == PATIENCE:
+                raise TrainingDiverged(
+                    f"{stage}: loss or gradient was not finite {PATIENCE} steps in a row (step {step} of {plan.steps}); "
+                    "lower the learning rate or check the data; finished stages are kept"
+                )
+    return summarise(lines, skipped)
+
+
+def step_line(step: int, epoch: int, rate: float, ids: Sequence[str], stats: StepStats) -> dict[str, Any]:
+    """One line of metrics.jsonl. Reward names follow TRL: beta times the log-ratio; here without beta, in nats."""
+    chosen, rejected = stats.logp[0::2], stats.logp[1::2]
+    ref_chosen, ref_rejected = stats.reference[0::2], stats.reference[1::2]
+    margins = stats.metrics.get("margin", np.zeros(0))
+    softened = stats.metrics.get("softened", np.zeros(len(ids)))
+    taus = stats.metrics.get("tau", np.full(1, np.nan))
+    return {
+        "step": step,
+        "epoch": epoch,
+        "learning_rate": rate,
+        "loss": finite(stats.loss),
+        "grad_norm": finite(stats.grad_norm),
+        "skipped": stats.skipped,
+        "margin": finite(np.mean(margins)) if len(margins) else None,
+        "accuracy": finite(np.mean(margins > 0)) if len(margins) else None,
+        "logratio_chosen": finite(np.mean(chosen - ref_chosen)),
+        "logratio_rejected": finite(np.mean(rejected - ref_rejected)),
+        "tau": finite(taus[0]) if len(taus) else None,
+        "tokens": stats.tokens,
+        "ids": list(ids),
+        "flagged": [i for i, z in zip(ids, softened, strict=True) if z > 0],
+    }
+
+
+def finite(value: Any) -> float | None:
+    """A number JSON can hold, or None."""
+    return float(value) if np.isfinite(value) else None
+
+
+def summarise(lines: Sequence[dict[str, Any]], skipped: int) -> dict[str, Any]:
+    """What a training stage leaves behind: loss at the end (mean of the last quarter), displacement, flags."""
+    last = lines[-max(1, len(lines) // 4) :]
+
+    def tail(name: str) -> float | None:
+        values = [line[name] for line in last if line[name] is not None]
+        return float(np.mean(values)) if values else None
+
+    seen = sum(len(line["ids"]) for line in lines)
+    flagged = [i for line in lines for i in line["flagged"]]
+    return {
+        "steps": len(lines),
+        "skipped": skipped,
+        "first_loss": lines[0]["loss"] if lines else None,
+        "loss": tail("loss"),
+        "logratio_chosen": tail("logratio_chosen"),
+        "logratio_rejected": tail("logratio_rejected"),
+        "pairs_seen": seen,
+        "flagged": len(flagged),
+        "flagged_share": len(flagged) / seen if seen else 0.0,
+        "tokens": sum(line["tokens"] for line in lines),
+    }
+
+
+def pairs_of(judgements: Sequence[Judgement], recipe: Recipe) -> list[tuple[str, Row]]:
+    """Training rows of judgements; pairs of identical answers are dropped if the recipe says so."""
+    keep = recipe.judge.identical == "keep"
+    return [(j.id, j.row) for j in judgements if keep or j.a.ids != j.b.ids]

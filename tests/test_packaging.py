@@ -1,0 +1,190 @@
+"""The wheel holds each file once, under one name, and works where it is installed, without the network."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+SETUPTOOLS: dict[str, Any] = PROJECT["tool"]["setuptools"]
+PACKAGES: list[str] = SETUPTOOLS["packages"]
+VERSION: str = PROJECT["project"]["version"]
+SOURCES = ("spa_lite", "backends", "cli")
+
+# Arguments of `spa-lite` for the first stage of the built-in lesson, as small as the command allows. FILL IN.
+LESSON_FIRST_STAGE: list[str] = []
+
+
+def installed_name(path: Path) -> str:
+    """Where a file of the repository lies in an installation: backends/x.py becomes spa_lite/backends/x.py."""
+    name = path.relative_to(ROOT).as_posix()
+    return name if name.startswith("spa_lite/") else f"spa_lite/{name}"
+
+
+def source_files() -> list[Path]:
+    """Every file of the package folders. rglob does not follow the links spa_lite/backends and spa_lite/cli."""
+    found = (path for folder in SOURCES for path in (ROOT / folder).rglob("*"))
+    return sorted(path for path in found if path.is_file() and "__pycache__" not in path.parts)
+
+
+def test_packages_are_the_folders() -> None:
+    """Packages are named by hand in pyproject.toml: this is what notices a forgotten one."""
+    files = (installed_name(path) for path in source_files() if path.name == "__init__.py")
+    folders = {name.removesuffix("/__init__.py").replace("/", ".") for name in files}
+    assert sorted(PACKAGES) == sorted(folders)
+    assert len(PACKAGES) == len(set(PACKAGES))
+
+
+def test_package_directories_exist() -> None:
+    mapping: dict[str, str] = SETUPTOOLS["package-dir"]
+    assert mapping == {"spa_lite": "spa_lite", "spa_lite.backends": "backends", "spa_lite.cli": "cli"}
+    assert (ROOT / "spa_lite" / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("name", ["backends", "cli"])
+def test_links_for_tools(name: str) -> None:
+    """spa_lite/NAME is a relative link to NAME/ (or, in a checkout without links, a file that says so)."""
+    link = ROOT / "spa_lite" / name
+    target = str(link.readlink()) if link.is_symlink() else link.read_text(encoding="utf-8").strip()
+    assert target == f"../{name}"
+
+
+def test_constraints_hold_for_every_requirement() -> None:
+    """Each requirement of pyproject.toml has a tested version in constraints.txt, and it is one line."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = [normal(line) for line in lines if line and not line.startswith("#")]
+    assert [name for name, count in Counter(pinned).items() if count > 1] == []
+    extras: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
+    asked = [*PROJECT["project"]["dependencies"], *(line for lines in extras.values() for line in lines)]
+    assert sorted({normal(line) for line in asked} - set(pinned) - UNPINNED) == []
+    assert not any("+" in line for line in lines if not line.startswith("#")), "a local version fits one machine only"
+
+
+UNPINNED = {"spa-lite", "bitsandbytes"}
+"""The project itself (in the extra `all`), and what only a CUDA machine can test."""
+
+
+def normal(requirement: str) -> str:
+    """The distribution's name in a requirement, in the one spelling that compares equal."""
+    name = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert name, requirement
+    return re.sub(r"[-_.]+", "-", name[0]).lower()
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(wheel, sdist), the wheel built from the sdist, from a copy of the sources: the checkout stays as it is."""
+    pytest.importorskip("build", reason="the package `build` is not installed: pip install -e '.[dev]'")
+    copy = tmp_path_factory.mktemp("sources")
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+    for folder in SOURCES:
+        shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignore)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
+
+
+def test_wheel_has_each_file_once(distributions: tuple[Path, Path]) -> None:
+    with zipfile.ZipFile(distributions[0]) as wheel:
+        names = wheel.namelist()
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+    assert {name.partition("/")[0] for name in names} == {"spa_lite", f"spa_lite-{VERSION}.dist-info"}
+    held = sorted(name for name in names if name.startswith("spa_lite/"))
+    assert held == sorted(installed_name(path) for path in source_files())
+
+
+def test_wheel_has_the_lesson(distributions: tuple[Path, Path]) -> None:
+    with zipfile.ZipFile(distributions[0]) as wheel:
+        names = set(wheel.namelist())
+        metadata = wheel.read(f"spa_lite-{VERSION}.dist-info/METADATA").decode()
+        scripts = wheel.read(f"spa_lite-{VERSION}.dist-info/entry_points.txt").decode()
+    model = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {f"spa_lite/lesson/model/{name}" for name in model} - names == set()
+    assert any(re.fullmatch(r"spa_lite/recipes/.+\.yaml", name) for name in names)
+    assert f"spa_lite-{VERSION}.dist-info/licenses/LICENSE" in names
+    assert "License-Expression: Apache-2.0" in metadata
+    assert "spa-lite = spa_lite.cli.main:main" in scripts
+
+
+OFFLINE = '''"""Refuses every connection and look-up, from Python's first line on."""
+import sys
+
+def refuse(event, args):
+    local = event in ("socket.connect", "socket.sendto") and isinstance(args[1], (str, bytes))
+    if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname") and not local:
+        raise OSError(f"no network here: {event} {args[1:]}")
+
+sys.addaudithook(refuse)
+'''
+
+
+class Installed:
+    """The wheel in an environment of its own, which sees this one's packages but not this checkout."""
+
+    def __init__(self, folder: Path, wheel: Path) -> None:
+        self.folder, self.elsewhere = folder / "env", folder / "elsewhere"
+        self.elsewhere.mkdir()
+        venv.create(self.folder, with_pip=False, symlinks=os.name != "nt")
+        self.bin = self.folder / ("Scripts" if os.name == "nt" else "bin")
+        pip = [sys.executable, "-m", "pip", "--quiet", "--python", str(self.bin / "python")]
+        subprocess.run([*pip, "install", "--no-deps", "--no-index", str(wheel)], check=True)
+        self.site = Path(self.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+        (self.site / "sitecustomize.py").write_text(OFFLINE, encoding="utf-8")
+        here = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+        (self.site / "zz_tests.pth").write_text("\n".join(here) + "\n", encoding="utf-8")
+
+    def run(self, program: str, *args: str, code: int = 0) -> str:
+        """Output of a program of the environment, started in an empty folder."""
+        env = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "VIRTUAL_ENV"}}
+        command = [str(self.bin / program), *args]
+        done = subprocess.run(command, cwd=self.elsewhere, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == code, f"{args}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(distributions: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """The wheel, installed."""
+    return Installed(tmp_path_factory.mktemp("installed"), distributions[0])
+
+
+def test_installed_is_the_wheel(installed: Installed) -> None:
+    where = installed.run("python", "-c", "import spa_lite, spa_lite.cli, spa_lite.backends as b; print(b.__file__)")
+    assert Path(where.strip()).is_relative_to(installed.site)
+    for name in ("backends", "cli"):
+        installed.run("python", "-c", f"import {name}", code=1)
+
+
+def test_installed_has_no_network(installed: Installed) -> None:
+    """The guard that the other tests rely on does refuse."""
+    attempt = "import socket; socket.create_connection(('127.0.0.1', 9), timeout=1)"
+    installed.run("python", "-c", attempt, code=1)
+
+
+def test_installed_help(installed: Installed) -> None:
+    assert "run" in installed.run("spa-lite", "--help")
+    assert installed.run("python", "-m", "spa_lite.cli", "--version").strip().endswith(VERSION)
+
+
+@pytest.mark.long
+def test_installed_lesson_first_stage(installed: Installed) -> None:
+    assert LESSON_FIRST_STAGE, "LESSON_FIRST_STAGE is empty: name the command at the top of this file"
+    installed.run("spa-lite", *LESSON_FIRST_STAGE)
+    assert any(installed.elsewhere.rglob("*")), "the run left nothing behind"

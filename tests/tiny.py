@@ -1,0 +1,109 @@
+"""Tiny random models of several architectures, made on the spot: a generated tokenizer, a chat template, random weights."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 384
+SPECIALS = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+ARCHITECTURES = ("llama", "qwen2", "mistral", "gemma2", "phi3", "gpt_neox", "gpt2", "gpt_neo")
+"""Grouped queries, biases, sliding windows, soft-capped logits, fused layers, partial rotary, Conv1D, local attention."""
+
+
+def sentences(count: int = 1500, seed: int = 0) -> Iterator[str]:
+    """Made-up English to train a tokenizer on."""
+    rng = random.Random(seed)
+    who = ["the baker", "a heron", "my sister", "the last train", "an old map", "this engine"]
+    does = ["carries", "forgets", "paints", "measures", "answers", "mends"]
+    what = ["the blue door", "seven plums", "a quiet song", "the long bridge", "nothing at all", "two letters"]
+    for _ in range(count):
+        yield f"{rng.choice(who)} {rng.choice(does)} {rng.choice(what)}{rng.choice(['.', '?', '!'])}"
+
+
+def make_tokenizer(
+    specials: list[str] | None = None,
+    template: str | None = TEMPLATE,
+    bos: str | None = "<|bos|>",
+    eos: str | None = "<|end|>",
+    adds_bos: bool = False,
+) -> Any:
+    """A byte-level BPE tokenizer with the given special tokens and chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = specials if specials is not None else SPECIALS
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - 16,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(sentences(), trainer)
+    if adds_bos and bos is not None:
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]
+        )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def make_config(architecture: str) -> Any:
+    """Hidden size 64, 2 layers, 4 heads."""
+    from transformers import AutoConfig
+
+    common = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
+    wide = {"intermediate_size": 96, "initializer_range": 0.15}
+    special: dict[str, dict[str, Any]] = {
+        "llama": shape | wide | {"num_key_value_heads": 2, "rms_norm_eps": 1e-5},
+        "qwen2": shape | wide | {"num_key_value_heads": 2, "tie_word_embeddings": True},
+        "mistral": shape | wide | {"num_key_value_heads": 2, "sliding_window": 12},
+        "gemma2": shape
+        | wide
+        | {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 12,
+            "final_logit_softcapping": 3.0,
+            "attn_logit_softcapping": 5.0,
+        },
+        "phi3": shape | wide | {"num_key_value_heads": 2, "original_max_position_embeddings": 256},
+        "gpt_neox": shape | wide,
+        "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.15},
+        "gpt_neo": {
+            "hidden_size": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "max_position_embeddings": 256,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 12,
+            "initializer_range": 0.15,
+        },
+    }
+    return AutoConfig.for_model(architecture, **common, **special[architecture])
+
+
+def make_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path:
+    """Save a random model of that architecture with its tokenizer; return the folder."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(make_config(architecture), dtype=torch.float32)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
