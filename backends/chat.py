@@ -80,8 +80,8 @@ class ChatTokenizer:
     def fingerprint(self) -> str:
         """Digest of vocabulary, template and system turn."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        vocabulary = backend.to_str() if backend is not None else json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
-        return digest(vocabulary, self._template, self._system, sorted(self._stops), self._adds_bos).hex()
+        words = backend.to_str() if backend is not None else json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
+        return digest(words, self._template, self._system, sorted(self._stops), self._adds_bos).hex()
 
     def encode_prompt(self, messages: Sequence[Message]) -> Ids:
         """Ids of a conversation that ends with a user turn, generation prompt included."""
@@ -130,11 +130,11 @@ class ChatTokenizer:
         except Exception as error:  # a template is a program: it may raise anything
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             roles = ", ".join(message.role for message in messages)
-            mend = "change the turns or choose another template with --template"
-            if any(message.role == "system" for message in messages):
-                mend = "leave the system turn out (or put its text into the first user turn), or " + mend.split(" or ")[1]
+            has_system = any(message.role == "system" for message in messages)
+            mend = "put the system turn's text into the first user turn" if has_system else "change the turns"
             raise ModelError(
-                f"the chat template of {self._name} refuses the turns {roles} ({reason}): {mend}"
+                f"the chat template of {self._name} refuses the turns {roles} ({reason}): {mend},"
+                " or choose another template with --template"
             ) from error
         return text
 

@@ -14,12 +14,13 @@ import torch
 
 from spa_lite.backend import INIT, POLICY, PREVIOUS, Lora, ModelSettings, Objective, Optimizer, Sampling, StepStats
 from spa_lite.backends.chat import ChatTokenizer
+from spa_lite.backends.checks import check_prompts, check_rows, longest
 from spa_lite.backends.torch_adapters import Adapters
 from spa_lite.backends.torch_model import Net, count, load
 from spa_lite.backends.torch_sampling import Answer, Decoder, cache_works
 from spa_lite.backends.torch_scoring import pack, response_states, to_numpy, token_logprobs
 from spa_lite.backends.torch_training import Training, layers_checkpointed
-from spa_lite.errors import BackendError, ModelError
+from spa_lite.errors import BackendError
 from spa_lite.keys import digest
 from spa_lite.records import Completion, Ids, Row, Score
 
@@ -103,11 +104,7 @@ class TorchBackend:
     ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
         """Yield (index of prompt, its n completions) as they finish; prompts of like length share a batch."""
         self._adapter(role)
-        for index, prompt in enumerate(prompts):
-            if not 0 < len(prompt) < self.context:
-                raise ModelError(f"prompt {index} has {len(prompt)} tokens; this model takes 1 to {self.context - 1}")
-            if len(keys[index]) != n:
-                raise BackendError(f"prompt {index} has {len(keys[index])} keys for {n} samples")
+        check_prompts(prompts, n, keys, self.context)
         self._enter(role)
         if self._cached is None:
             self._cached = cache_works(self.net)
@@ -132,9 +129,7 @@ class TorchBackend:
 
     def _completion(self, answer: Answer) -> Completion:
         ids, logprobs, ended = answer
-        return Completion(
-            ids=ids, text=self.tokenizer.decode(ids), ended="eos" if ended else "cap", logprobs=logprobs
-        )
+        return Completion(ids=ids, text=self.tokenizer.decode(ids), ended="eos" if ended else "cap", logprobs=logprobs)
 
     # Scoring
 
@@ -143,8 +138,8 @@ class TorchBackend:
     ) -> Iterator[tuple[int, tuple[Score, ...]]]:
         """Yield (index of row, one Score per response), rows of like length first scored together."""
         self._adapter(role)
-        self._check(rows)
-        order = sorted(range(len(rows)), key=lambda index: _longest(rows[index]))
+        check_rows(rows, self.context)
+        order = sorted(range(len(rows)), key=lambda index: longest(rows[index]))
         for start in range(0, len(order), self.settings.batching.score):
             batch = order[start : start + self.settings.batching.score]
             self._enter(role)
@@ -164,15 +159,6 @@ class TorchBackend:
             scores[row].append(Score(logp=float(sums[response]), tokens=size, per_token=tokens))
         return [tuple(some) for some in scores]
 
-    def _check(self, rows: Sequence[Row]) -> None:
-        for index, row in enumerate(rows):
-            if not row.prompt or not row.responses:
-                raise ModelError(f"row {index} needs at least one prompt token and one response")
-            if _longest(row) > self.context:
-                raise ModelError(
-                    f"row {index} has {_longest(row)} tokens; this model takes {self.context}: shorten prompt or answer"
-                )
-
     # Training
 
     def start_training(self, optimizer: Optimizer) -> None:
@@ -187,7 +173,7 @@ class TorchBackend:
         """One optimizer step on the mean loss over rows, micro-batch by micro-batch in row order."""
         if self._training is None:
             raise BackendError("no training is under way: call start_training or restore first")
-        self._check(rows)
+        check_rows(rows, self.context)
         batching = self.settings.batching
         with layers_checkpointed(self.net.model, batching.gradient_checkpointing):
             return self._training.step(self.net, self._enter, rows, objective, learning_rate, batching.micro)
@@ -209,7 +195,3 @@ class TorchBackend:
         if Training.saved_in(folder):
             self._training = Training.restore(folder, self.adapters.tensors(name))
             self.adapters.train_only(name)
-
-
-def _longest(row: Row) -> int:
-    return len(row.prompt) + max((len(response) for response in row.responses), default=0)

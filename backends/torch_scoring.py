@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spa_lite.backend import Floats
 from spa_lite.backends.torch_model import Net
-from spa_lite.records import Row
+from spa_lite.records import Ids, Row
 
 TILE_NUMBERS = 2**25
 """Float32 logits made at a time (128 MiB): no tensor of [batch, time, vocabulary] exists."""
@@ -35,14 +35,16 @@ class Packed:
 
     def sums(self, per_token: Floats) -> Floats:
         """Per-response sums [R] of a per-token array [N], float64."""
-        return np.bincount(self.owner, weights=per_token, minlength=len(self.lengths))
+        return np.bincount(self.owner, weights=per_token, minlength=len(self.lengths)).astype(np.float64)
 
 
 def pack(net: Net, rows: Sequence[Row]) -> Packed:
     """Lay out rows for one forward pass."""
     pairs = [(index, row.prompt, response) for index, row in enumerate(rows) for response in row.responses]
     width = max(len(prompt) + len(response) for _, prompt, response in pairs)
-    ids, places, targets = [], [], []
+    ids: list[Ids] = []
+    places: list[int] = []
+    targets: list[int] = []
     for line, (_, prompt, response) in enumerate(pairs):
         ids.append((*prompt, *response) + (0,) * (width - len(prompt) - len(response)))
         first = line * width + len(prompt) - 1

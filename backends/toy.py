@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from math import fsum
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from spa_lite.backend import (
     Sampling,
     StepStats,
 )
+from spa_lite.backends.checks import check_prompts, check_rows
 from spa_lite.errors import BackendError, DataError, ModelError
 from spa_lite.records import Completion, Ids, Message, Row, Score
 
@@ -160,13 +162,10 @@ class ToyBackend:
         self, prompts: Sequence[Ids], n: int, sampling: Sampling, keys: Sequence[Sequence[bytes]], role: str = POLICY
     ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
         """Yield (index of prompt, its n completions), one prompt after the other."""
+        check_prompts(prompts, n, keys, self.context)
         logits = self.logits(role)
         logprobs, choose = log_softmax(logits), chooser(logits, sampling)
         for index, prompt in enumerate(prompts):
-            if not 0 < len(prompt) < self.context:
-                raise ModelError(f"prompt {index} has {len(prompt)} tokens; this model takes 1 to {self.context - 1}")
-            if len(keys[index]) != n:
-                raise BackendError(f"prompt {index} has {len(keys[index])} keys for {n} samples")
             limit = min(sampling.max_tokens, self.context - len(prompt))
             yield index, tuple(self._write(prompt[-1], key, limit, logprobs, choose) for key in keys[index])
 
@@ -187,12 +186,13 @@ class ToyBackend:
         self, rows: Sequence[Row], role: str, per_token: bool = False
     ) -> Iterator[tuple[int, tuple[Score, ...]]]:
         """Yield (index of row, one Score per response)."""
+        check_rows(rows, self.context)
         logprobs = log_softmax(self.logits(role))
         for index, row in enumerate(rows):
-            values = [logprobs[steps(row.prompt, response)] for response in row.responses]
+            values = [logprobs[steps(row.prompt, response)].tolist() for response in row.responses]
             yield (
                 index,
-                tuple(Score(logp=float(v.sum()), tokens=len(v), per_token=tuple(v) if per_token else None) for v in values),
+                tuple(Score(logp=fsum(v), tokens=len(v), per_token=tuple(v) if per_token else None) for v in values),
             )
 
     def start_training(self, optimizer: Optimizer) -> None:
@@ -206,10 +206,12 @@ class ToyBackend:
         """One optimizer step on the mean loss over rows."""
         if self._adamw is None:
             raise BackendError("no training is under way: call start_training or restore first")
+        check_rows(rows, self.context)
+        tables = self._tables(objective)
         micro = self.settings.batching.micro
         gradient, parts = np.zeros_like(self.base), []
         for start in range(0, len(rows), micro):
-            batch, outcome, part = self._gradient(rows[start : start + micro], objective)
+            batch, outcome, part = _gradient(rows[start : start + micro], objective, tables)
             gradient += part / len(rows)
             parts.append((batch, outcome))
         losses = np.concatenate([outcome.loss for _, outcome in parts])
@@ -233,29 +235,11 @@ class ToyBackend:
             },
         )
 
-    def _gradient(self, rows: Sequence[Row], objective: Objective) -> tuple[Batch, Outcome, Floats]:
-        """What the objective says of some rows, and the gradient of its summed loss in the logits matrix.
-
-        d log p(b | a) / d logits[a, :] = onehot(b) - softmax(logits[a, :]).
-        """
-        places = [steps(row.prompt, response) for row in rows for response in row.responses]
-        policy, previous = self.logits(POLICY), self.logits(PREVIOUS)
-        strength = objective.extrapolation
-        none = np.zeros(0)
+    def _tables(self, objective: Objective) -> tuple[Floats, Floats, Floats]:
+        """Log-probability tables [last, next] of the policy, of PREVIOUS and of the mixed logits (Eq. 11)."""
+        policy, previous, strength = self.logits(POLICY), self.logits(PREVIOUS), objective.extrapolation
         mixed = (1 + strength) * policy - strength * previous
-        batch = Batch(
-            logp=_sums(log_softmax(policy), places),
-            reference=_sums(log_softmax(previous), places) if objective.reference else none,
-            extrapolated=_sums(log_softmax(mixed), places) if strength > 0 else none,
-            tokens=np.array([len(place[0]) for place in places], dtype=np.int64),
-            row=np.repeat(np.arange(len(rows)), [len(row.responses) for row in rows]),
-        )
-        outcome = objective(batch)
-        counts = np.zeros_like(policy)
-        for coefficient, place in zip(outcome.coefficients, places, strict=True):
-            np.add.at(counts, place, coefficient)
-        gradient = counts - counts.sum(axis=1, keepdims=True) * np.exp(log_softmax(policy))
-        return batch, outcome, gradient
+        return log_softmax(policy), log_softmax(previous), log_softmax(mixed)
 
     def save(self, folder: Path, role: str = POLICY) -> None:
         """Write the matrix and, for POLICY in training, the optimizer beside it."""
@@ -336,6 +320,30 @@ def base_matrix(model: str) -> Floats:
     matrix[:, ~letters] -= 12.0
     matrix[:, END] += 12.5
     return np.asarray(matrix)
+
+
+def _gradient(
+    rows: Sequence[Row], objective: Objective, tables: tuple[Floats, Floats, Floats]
+) -> tuple[Batch, Outcome, Floats]:
+    """What the objective says of some rows, and the gradient of their summed loss in the logits matrix.
+
+    d log p(b | a) / d logits[a, :] = onehot(b) - softmax(logits[a, :]).
+    """
+    places = [steps(row.prompt, response) for row in rows for response in row.responses]
+    policy, previous, mixed = tables
+    none = np.zeros(0)
+    batch = Batch(
+        logp=_sums(policy, places),
+        reference=_sums(previous, places) if objective.reference else none,
+        extrapolated=_sums(mixed, places) if objective.extrapolation > 0 else none,
+        tokens=np.array([len(place[0]) for place in places], dtype=np.int64),
+        row=np.repeat(np.arange(len(rows)), [len(row.responses) for row in rows]),
+    )
+    outcome = objective(batch)
+    counts = np.zeros_like(policy)
+    for coefficient, place in zip(outcome.coefficients, places, strict=True):
+        np.add.at(counts, place, coefficient)
+    return batch, outcome, counts - counts.sum(axis=1, keepdims=True) * np.exp(policy)
 
 
 def read_delta(folder: Path) -> Floats:

@@ -38,7 +38,7 @@ def _root(
 
 
 def main() -> None:
-    """Run a command; turn what we can explain into one sentence and an exit code: 1 failure, 2 usage, 130 interrupted."""
+    """Run a command; explain a failure in one sentence. Exit codes: 1 failure, 2 usage, 130 interrupted."""
     from spa_lite.cli import commands  # noqa: F401 - registers the commands
     from spa_lite.cli.render import fail, note
 

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from spa_lite.errors import RecipeError
 from spa_lite.recipe import SETTINGS, Recipe, Setting, build, load_layer, parse_set, read_text, read_yaml
 
 ALIASES = {
@@ -77,22 +76,26 @@ def _parameter(s: Setting) -> inspect.Parameter:
     is_switch = s.type is bool
     names = [f"{s.flag}/--no-{s.flag.removeprefix('--')}" if is_switch and not s.flag.startswith("--no-") else s.flag]
     default = "" if s.default in (None, False) else f" [{_plain(s.default)}]"
-    annotation = Annotated[
-        (bool if is_switch else str) | None,
-        typer.Option(
-            *names,
-            *ALIASES.get(s.flag, []),
-            help=s.help + default,
-            show_default=False,
-            rich_help_panel=PANELS.get(_group(s), "Run"),
-            metavar=None if is_switch else "VALUE",
-        ),
-    ]
+    option = typer.Option(
+        *names,
+        *ALIASES.get(s.flag, []),
+        help=s.help + default,
+        show_default=False,
+        rich_help_panel=PANELS.get(_group(s), "Run"),
+        metavar=None if is_switch else "VALUE",
+    )
+    annotation: Any = Annotated[bool | None, option] if is_switch else Annotated[str | None, option]
     return inspect.Parameter(_name(s), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _plain(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+    return (
+        ",".join(map(str, value))
+        if isinstance(value, list)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def resolve(
@@ -103,7 +106,7 @@ def resolve(
     scale: str | None = None,
     default_scale: Callable[[dict[str, Any]], str] = lambda flat: "paper",
 ) -> tuple[Recipe, dict[str, str]]:
-    """The recipe of a command: default < recipe < scale < config file < command line. Also where each value came from."""
+    """The recipe of a command (default < recipe < scale < config file < command line), and each value's source."""
     file = read_yaml(config) if config else {}
     line = {path: read_text(SETTINGS[path], v) if isinstance(v, str) else v for path, v in given.items()}
     line |= dict(parse_set(text) for text in sets)
@@ -116,5 +119,3 @@ def resolve(
     if config:
         layers[str(config)] = {k: v for k, v in file.items() if k not in {"name", "scale"}}
     return build(layers | {"command line": line})
-
-

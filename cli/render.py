@@ -1,4 +1,4 @@
-"""Everything printed. Progress and notes go to stderr, results to stdout. Whatever a model or a file said is escaped."""
+"""Everything printed. Progress and notes go to stderr, results to stdout. What a model or a file said is escaped."""
 
 from __future__ import annotations
 

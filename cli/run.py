@@ -21,7 +21,9 @@ def default_scale(flat: dict[str, Any]) -> str:
 @command(app, "run")
 def run(
     given: dict[str, Any],
-    config: Annotated[Path | None, typer.Option("-c", "--config", help="YAML file of settings; the command line wins.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("-c", "--config", help="YAML file of settings; the command line wins.")
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="The method: spa, spa-official, or a YAML file. [spa]")] = None,
     scale: Annotated[
         str | None, typer.Option(help="The size: lesson, laptop, paper, or a YAML file. [lesson; laptop with --model]")
@@ -31,7 +33,9 @@ def run(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. [runs/<recipe>-<8 hex of recipe and inputs>]")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run folder holds and start over.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and where each came from.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved settings and where each came from.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Align a model: seed DPO, then rounds of sample, judge, train. With no arguments: the built-in lesson.
@@ -53,7 +57,9 @@ def run(
 
     raw = prepare.read(resolved)
     if prepare.is_lesson(resolved):
-        render.note("the built-in lesson: a tiny model that knows one small world (give --model, --seed-pairs and --prompts for your own)")
+        render.note(
+            "the built-in lesson: a tiny model that knows one small world (give --model, --seed-pairs and --prompts for your own)"
+        )
     models = models_of(resolved)
     data = prepare.encode_all(raw, models.backend, resolved)
     for line in data.notes:
@@ -111,7 +117,9 @@ def _clear(folder: Path) -> None:
     from spa_lite.errors import RunError
 
     if not (folder / "recipe.yaml").exists() and any(folder.iterdir()):
-        raise RunError(f"{folder} does not look like a run folder (it has no recipe.yaml), so --fresh will not delete it")
+        raise RunError(
+            f"{folder} does not look like a run folder (it has no recipe.yaml), so --fresh will not delete it"
+        )
     shutil.rmtree(folder)
 
 

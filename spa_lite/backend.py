@@ -192,8 +192,10 @@ class Backend(Protocol):
         sample k of prompt i (see `spa_lite.keys`); a completion depends on its prompt, key and role alone."""
         ...
 
-    def logprob(self, rows: Sequence[Row], role: str, per_token: bool = False) -> Iterator[tuple[int, tuple[Score, ...]]]:
-        """Yield (index of row, one Score per response) in any order. Log-softmax in float32 or better; sums in float64."""
+    def logprob(
+        self, rows: Sequence[Row], role: str, per_token: bool = False
+    ) -> Iterator[tuple[int, tuple[Score, ...]]]:
+        """Yield (index of row, one Score per response) in any order. Log-softmax in float32 or better."""
         ...
 
     def start_training(self, optimizer: Optimizer) -> None:

@@ -443,7 +443,7 @@ def _whole(
     """Split two whole conversations before their last turn, where they must agree with each other and the prompt."""
     answers = _answer(x, x_name), _answer(y, y_name)
     if len(x) == 1 or len(y) == 1:
-        raise BadRecord("missing", f"there is no prompt: add `prompt`, or put its turns into {x_name} and {y_name}")
+        raise BadRecord("missing", f"there is no prompt; add `prompt`, or put its turns into {x_name} and {y_name}")
     if x[:-1] != y[:-1]:
         mend = "make all turns before the last one the same"
         raise BadRecord("prompt", f"{x_name} and {y_name} differ before their last turn; {mend}")

@@ -77,10 +77,12 @@ def encode_pairs(
     max_length: int,
     long_prompts: LongPrompts,
     context: int,
+    keep_identical: bool = False,
 ) -> tuple[list[tuple[Pair, Row]], EncodeReport]:
     """Pairs with their training rows, chosen first. Prompt and answer together take `max_length` tokens at most.
 
-    Raises RecipeError, before any work, if `max_length` exceeds the model's context.
+    Two answers of the same tokens are dropped and counted, unless `keep_identical`: nothing can be learned from
+    them, but they can be judged. Raises RecipeError, before any work, if `max_length` exceeds the model's context.
     """
     check_training(max_prompt_length, max_length, context)
     counts: Counter[str] = Counter()
@@ -94,7 +96,7 @@ def encode_pairs(
         chosen, rejected = (ids[:room] for ids in whole)
         if not all(any(token != tokenizer.end_of_turn for token in ids) for ids in (chosen, rejected)):
             counts["empty"] += 1
-        elif chosen == rejected:
+        elif chosen == rejected and not keep_identical:
             counts["identical"] += 1
         else:
             # Cut answers end without an end-of-turn token: the model must not learn to stop there.

@@ -44,7 +44,12 @@ def no_reference(rows: Sequence[Row]) -> list[tuple[float, ...]]:
 
 
 def judge(
-    samples: Iterable[Sample], policy: Scorer, reference: Scorer, recipe: Recipe, round_: int = 0, gold: Gold | None = None
+    samples: Iterable[Sample],
+    policy: Scorer,
+    reference: Scorer,
+    recipe: Recipe,
+    round_: int = 0,
+    gold: Gold | None = None,
 ) -> Iterator[Judgement]:
     """Yield one Judgement per sample, in order. Raises RecipeError for a gold judge without a gold rule."""
     if recipe.judge.by == "gold" and gold is None:
@@ -100,9 +105,7 @@ def best_and_worst(rewards: Sequence[float], tie: str) -> tuple[int, int]:
     return order[0], order[-1]
 
 
-def _opinion(
-    sample: Sample, rewards: Sequence[float], recipe: Recipe, round_: int, gold: Gold | None
-) -> list[float]:
+def _opinion(sample: Sample, rewards: Sequence[float], recipe: Recipe, round_: int, gold: Gold | None) -> list[float]:
     """The judge's own number per answer; higher is better."""
     if recipe.judge.by == "implicit":
         return [float(r) for r in rewards]
@@ -144,4 +147,3 @@ def counts(judgements: Sequence[Judgement]) -> dict[str, float]:
 def identical(judgement: Judgement) -> bool:
     """Whether both answers are the same token ids."""
     return judgement.a.ids == judgement.b.ids
-

@@ -1,4 +1,4 @@
-"""From a recipe to everything a run reads: records from files or from the lesson, split over the rounds, as token ids."""
+"""From a recipe to all that a run reads: records from files or the lesson, split over the rounds, as token ids."""
 
 from __future__ import annotations
 
@@ -51,11 +51,24 @@ def is_lesson(recipe: Recipe) -> bool:
 
 
 def read(recipe: Recipe) -> Raw:
-    """Read (or make) the records of a run. Raises RecipeError if something needed is not named, DataError on bad data."""
+    """Read (or make) a run's records. Raises RecipeError if something needed is not named, DataError on bad data."""
+    check_start(recipe)
     raw = lesson(recipe) if is_lesson(recipe) else files(recipe)
     if recipe.inputs.limit_prompts:
         raw.prompts = raw.prompts[: recipe.inputs.limit_prompts]
     return raw
+
+
+def check_start(recipe: Recipe) -> None:
+    """Where pi_0 comes from must be clear, and a judge must not compare a policy with itself."""
+    i = recipe.inputs
+    if i.adapter_path and not i.no_seed_pairs:
+        raise RecipeError("--adapter-path is pi_0 and needs --no-seed-pairs; use --init-adapter for pi_init")
+    if i.no_seed_pairs and recipe.judge.by == "implicit" and not (i.adapter_path or i.init_model):
+        raise RecipeError(
+            "with --no-seed-pairs the judge's policy would equal its reference; "
+            "give --adapter-path (the policy) or --init-model (the reference)"
+        )
 
 
 def lesson(recipe: Recipe) -> Raw:
@@ -76,9 +89,13 @@ def files(recipe: Recipe) -> Raw:
     """The user's own files. Held-out pairs never share a prompt with anything that is trained on."""
     i = recipe.inputs
     if not i.seed_pairs and not i.no_seed_pairs:
-        raise RecipeError("no labelled pairs: give --seed-pairs FILE, or --no-seed-pairs with --adapter-path or --init-model")
+        raise RecipeError(
+            "no labelled pairs: give --seed-pairs FILE, or --no-seed-pairs with --adapter-path or --init-model"
+        )
     if not i.prompts and recipe.rounds:
-        raise RecipeError("no prompts for the rounds: give --prompts FILE, or --rounds 0 to train on the seed pairs alone")
+        raise RecipeError(
+            "no prompts for the rounds: give --prompts FILE, or --rounds 0 to train on the seed pairs alone"
+        )
     raw = Raw()
     if i.seed_pairs:
         raw.seed_pairs = _pairs(raw, i.seed_pairs, i.skip_bad)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ Natural = Annotated[int, Meta(ge=0)]
 ALL_STAGES = ("seed", "sample", "judge", "train", "measure")
 
 
-def setting(default: Any, help: str, *stages: str, flag: str | None = None) -> Any:  # noqa: A002 - the field's own word
+def setting(default: Any, help: str, *stages: str, flag: str | None = None) -> Any:
     """One setting. `stages` it affects; none for what changes memory, speed or place only."""
     metadata = {"help": help, "stages": stages, "flag": flag}
     if isinstance(default, list):
@@ -45,7 +46,9 @@ class Inputs:
     model: str | None = setting(None, "Model folder or hub name; none: the built-in lesson model.", flag="--model")
     backend: str | None = setting(None, "torch or toy, or module:Class; none: the best one here.", flag="--backend")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps.", flag="--device")
-    seed_pairs: str | None = setting(None, "Human-labelled pairs: file, - or hub:owner/name[:split].", flag="--seed-pairs")
+    seed_pairs: str | None = setting(
+        None, "Human-labelled pairs: file, - or hub:owner/name[:split].", flag="--seed-pairs"
+    )
     prompts: str | None = setting(None, "Unlabelled prompts: file, - or hub:owner/name[:split].", flag="--prompts")
     held_out: str | None = setting(
         None, "Held-out labelled pairs; none: 10 % of the seed pairs, disjoint by prompt.", flag="--held-out"
@@ -91,9 +94,15 @@ class Lora:
     """The adapter. The paper trains full weights; rank and learning rate are this project's choice."""
 
     rank: Count = setting(16, "Rank.", "seed", "train", flag="--lora-rank")
-    alpha: Positive = setting(32.0, "Scale numerator: updates are multiplied by alpha / rank.", "seed", "train", flag="--lora-alpha")
+    alpha: Positive = setting(
+        32.0, "Scale numerator: updates are multiplied by alpha / rank.", "seed", "train", flag="--lora-alpha"
+    )
     targets: list[str] = setting(
-        ["all-linear"], "Names of adapted layers; all-linear: every one but the head.", "seed", "train", flag="--lora-targets"
+        ["all-linear"],
+        "Names of adapted layers; all-linear: every one but the head.",
+        "seed",
+        "train",
+        flag="--lora-targets",
     )
 
 
@@ -103,19 +112,26 @@ class SeedDpo:
 
     epochs: Count = setting(3, "Passes over the seed pairs.", "seed", flag="--seed-epochs")
     batch_size: Count = setting(32, "Pairs per optimizer step.", "seed", flag="--seed-batch-size")
-    learning_rate: Positive = setting(5e-5, "Peak learning rate (the paper: 5e-7, full weights).", "seed", flag="--seed-learning-rate")
+    learning_rate: Positive = setting(
+        5e-5, "Peak learning rate (the paper: 5e-7, full weights).", "seed", flag="--seed-learning-rate"
+    )
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
     """How answers are drawn from pi_{i-1}."""
 
-    n: Annotated[int, Meta(ge=2)] = setting(2, "Answers per prompt; the best and the worst make the pair.", "sample", flag="--n")
+    n: Annotated[int, Meta(ge=2)] = setting(
+        2, "Answers per prompt; the best and the worst make the pair.", "sample", flag="--n"
+    )
     temp: Nonnegative = setting(0.7, "Temperature.", "sample", "measure", flag="--temp")
     top_p: Annotated[float, Meta(gt=0, le=1)] = setting(1.0, "Nucleus mass.", "sample", "measure", flag="--top-p")
     max_tokens: Count = setting(300, "Longest answer.", "sample", "measure", flag="--max-tokens")
     append_eos: bool = setting(
-        False, "Close answers that hit the cap with an end of turn, as the released code does.", "sample", flag="--append-eos"
+        False,
+        "Close answers that hit the cap with an end of turn, as the released code does.",
+        "sample",
+        flag="--append-eos",
     )
 
 
@@ -129,7 +145,9 @@ class JudgeSettings:
     reference: Literal["init", "lagged", "none"] = setting(
         "init", "init: pi_init; lagged: pi_{i-2}; none: likelihood alone.", "judge", flag="--judge-reference"
     )
-    tie: Literal["a", "b"] = setting("b", "Winner at an exact tie: the paper's Eq. 8 gives b, the released code a.", "judge", flag="--tie")
+    tie: Literal["a", "b"] = setting(
+        "b", "Winner at an exact tie: the paper's Eq. 8 gives b, the released code a.", "judge", flag="--tie"
+    )
     identical: Literal["drop", "keep"] = setting(
         "drop", "Pairs of identical answers: drop (and count) or keep.", "judge", flag="--identical"
     )
@@ -139,25 +157,40 @@ class JudgeSettings:
 class LossSettings:
     """DPO."""
 
-    beta: Positive = setting(0.1, "Strength of the pull towards the reference (Eq. 5).", "seed", "judge", "train", flag="--beta")
+    beta: Positive = setting(
+        0.1, "Strength of the pull towards the reference (Eq. 5).", "seed", "judge", "train", flag="--beta"
+    )
 
 
 @dataclass(frozen=True)
 class Refine:
     """Self-refinement: soften pairs that look like noise (Eq. 9 to 12)."""
 
-    alpha: Fraction = setting(0.1, "Label smoothing of a flagged pair; 0 turns refinement off.", "train", flag="--alpha")
+    alpha: Fraction = setting(
+        0.1, "Label smoothing of a flagged pair; 0 turns refinement off.", "train", flag="--alpha"
+    )
     K: Fraction = setting(0.1, "Share of lowest margins that is flagged.", "train", flag="--refine-k")
-    lambda_: Nonnegative = setting(0.5, "Extrapolation of round 1 (Eq. 11); 0: flag by the plain margin.", "train", flag="--lambda")
+    lambda_: Nonnegative = setting(
+        0.5, "Extrapolation of round 1 (Eq. 11); 0: flag by the plain margin.", "train", flag="--lambda"
+    )
     lambda_decay: Nonnegative = setting(0.5, "Factor on lambda from round to round.", "train", flag="--lambda-decay")
-    warmup: Fraction = setting(0.2, "Share of optimizer steps before refinement starts.", "train", flag="--refine-warmup")
-    window: Annotated[int, Meta(ge=2)] = setting(50, "Recent margins the threshold is taken from.", "train", flag="--window")
+    warmup: Fraction = setting(
+        0.2, "Share of optimizer steps before refinement starts.", "train", flag="--refine-warmup"
+    )
+    window: Annotated[int, Meta(ge=2)] = setting(
+        50, "Recent margins the threshold is taken from.", "train", flag="--window"
+    )
     rule: Literal["paper", "official"] = setting(
-        "paper", "Threshold: paper (percentile, per step) or official (the released code's rank rule, per pair).", "train",
+        "paper",
+        "Threshold: paper (percentile, per step) or official (the released code's rank rule, per pair).",
+        "train",
         flag="--threshold-rule",
     )
     before_full: Literal["off", "zero"] = setting(
-        "off", "Until the window is full: off (flag nothing) or zero (threshold 0, as released).", "train", flag="--before-full"
+        "off",
+        "Until the window is full: off (flag nothing) or zero (threshold 0, as released).",
+        "train",
+        flag="--before-full",
     )
 
 
@@ -167,12 +200,18 @@ class Train:
 
     epochs: Count = setting(1, "Passes over a round's pairs.", "train", flag="--epochs")
     batch_size: Count = setting(32, "Pairs per optimizer step.", "train", flag="--batch-size")
-    learning_rate: Positive = setting(5e-5, "Peak learning rate (the paper: 5e-7, full weights).", "train", flag="--learning-rate")
-    schedule: Literal["cosine", "constant"] = setting("cosine", "After the warm-up.", "seed", "train", flag="--schedule")
+    learning_rate: Positive = setting(
+        5e-5, "Peak learning rate (the paper: 5e-7, full weights).", "train", flag="--learning-rate"
+    )
+    schedule: Literal["cosine", "constant"] = setting(
+        "cosine", "After the warm-up.", "seed", "train", flag="--schedule"
+    )
     warmup: Fraction = setting(0.1, "Share of steps with a rising learning rate.", "seed", "train", flag="--warmup")
     weight_decay: Nonnegative = setting(0.0, "AdamW weight decay.", "seed", "train", flag="--weight-decay")
     max_grad_norm: Positive = setting(1.0, "Gradient clipping (global norm).", "seed", "train", flag="--max-grad-norm")
-    max_steps: Count | None = setting(None, "Stop a training stage after this many steps.", "seed", "train", flag="--max-steps")
+    max_steps: Count | None = setting(
+        None, "Stop a training stage after this many steps.", "seed", "train", flag="--max-steps"
+    )
 
 
 @dataclass(frozen=True)
@@ -201,7 +240,9 @@ class Lesson:
     seed_pairs: Count = setting(60, "Gold-labelled pairs.", flag="--lesson-seed-pairs")
     prompts: Count = setting(2000, "Unlabelled prompts over all rounds.", flag="--lesson-prompts")
     held_out: Count = setting(400, "Held-out prompts.", flag="--lesson-held-out")
-    split: Literal["tune", "heldout"] = setting("heldout", "Which unseen prompts are measured on.", flag="--lesson-split")
+    split: Literal["tune", "heldout"] = setting(
+        "heldout", "Which unseen prompts are measured on.", flag="--lesson-split"
+    )
 
 
 @dataclass(frozen=True)
@@ -313,14 +354,23 @@ def check_path(path: str, source: str) -> Setting:
 
 
 def convert(path: str, value: Any, source: str) -> Any:
-    """A value of the setting's type. Text is read as the type needs it (`1e-4`, `true`), nothing is guessed otherwise."""
+    """A value of the setting's type. Text is read as the type needs it (`1e-4`, `true`); nothing else is guessed."""
     wanted = check_path(path, source).type
     try:
-        if isinstance(value, str) and "float" in str(wanted):
+        if isinstance(value, str) and float in atoms(wanted):
             value = float(value)  # msgspec and YAML both refuse spellings such as `.3` and `1e-4`
         return msgspec.convert(value, wanted, strict=not isinstance(value, str))
     except (msgspec.ValidationError, ValueError) as error:
         raise RecipeError(f"{source}: {path} = {value!r}: {error}") from None
+
+
+def atoms(wanted: Any) -> set[Any]:
+    """The plain types a setting may hold: {float, NoneType} of `Annotated[float, ...] | None`."""
+    if typing.get_origin(wanted) is Annotated:
+        return atoms(typing.get_args(wanted)[0])
+    if typing.get_origin(wanted) in {typing.Union, types.UnionType}:
+        return {atom for part in typing.get_args(wanted) for atom in atoms(part)}
+    return {typing.get_origin(wanted) or wanted}
 
 
 def build(layers: Mapping[str, Mapping[str, Any]]) -> tuple[Recipe, dict[str, str]]:
@@ -350,7 +400,11 @@ def _construct(cls: Any, flat: Mapping[str, Any], prefix: str = "") -> Any:
 def shipped(kind: Literal["recipe", "scale"]) -> dict[str, Path]:
     """Names and files of the shipped recipes or scales."""
     folder = Path(str(resources.files("spa_lite.recipes")))
-    return {p.stem.removeprefix("scale-"): p for p in sorted(folder.glob("*.yaml")) if (kind == "scale") == p.stem.startswith("scale-")}
+    return {
+        p.stem.removeprefix("scale-"): p
+        for p in sorted(folder.glob("*.yaml"))
+        if (kind == "scale") == p.stem.startswith("scale-")
+    }
 
 
 def load_layer(kind: Literal["recipe", "scale"], name: str) -> dict[str, Any]:
@@ -396,9 +450,9 @@ def parse_set(text: str) -> tuple[str, Any]:
 
 def read_text(s: Setting, value: str) -> Any:
     """A command-line word as the value of a setting."""
-    if value.lower() in {"none", "null"} and type(None) in typing.get_args(s.type):
+    if value.lower() in {"none", "null"} and type(None) in atoms(s.type):
         return None
-    if "list" in str(s.type):
+    if list in atoms(s.type):
         return [convert_item(item) for item in value.split(",") if item]
     return value
 
@@ -424,15 +478,6 @@ def check(recipe: Recipe) -> None:
         )
     if r.inputs.no_seed_pairs and r.inputs.seed_pairs:
         raise RecipeError("inputs.seed_pairs and inputs.no_seed_pairs exclude each other; give one")
-    if r.inputs.no_seed_pairs and r.judge.by == "implicit" and r.judge.reference == "init" and not (
-        r.inputs.adapter_path or r.inputs.init_model
-    ):
-        raise RecipeError(
-            "with --no-seed-pairs the judge's policy would equal its reference; "
-            "give --adapter-path (the policy) or --init-model (the reference)"
-        )
-    if not r.inputs.no_seed_pairs and r.inputs.adapter_path:
-        raise RecipeError("--adapter-path is pi_0 and needs --no-seed-pairs; use --init-adapter for pi_init")
 
 
 def for_round(recipe: Recipe, round_: int) -> float:

@@ -19,14 +19,14 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Fa
     """Base of all records."""
 
 
-class Message(Record):
+class Message(Record, frozen=True, kw_only=True):
     """One turn of a conversation."""
 
     role: str
     content: str
 
 
-class Prompt(Record):
+class Prompt(Record, frozen=True, kw_only=True):
     """A conversation that ends with a user turn. `extra` keeps whatever other fields the record had."""
 
     id: str
@@ -34,7 +34,7 @@ class Prompt(Record):
     extra: dict[str, Any] = {}
 
 
-class Pair(Record):
+class Pair(Record, frozen=True, kw_only=True):
     """A prompt with two answers, the first preferred by a person."""
 
     id: str
@@ -49,7 +49,7 @@ class Pair(Record):
         return Prompt(id=self.id, messages=self.messages, extra=self.extra)
 
 
-class Completion(Record):
+class Completion(Record, frozen=True, kw_only=True):
     """One sampled answer.
 
     `logprobs` are per token, in nats, at temperature 1 whatever the sampling temperature was. The
@@ -62,7 +62,7 @@ class Completion(Record):
     logprobs: tuple[float, ...] = ()
 
 
-class Sample(Record):
+class Sample(Record, frozen=True, kw_only=True):
     """A prompt, the ids it was rendered to, and its n sampled answers. One line of `samples.jsonl`."""
 
     id: str
@@ -72,14 +72,14 @@ class Sample(Record):
     extra: dict[str, Any] = {}
 
 
-class Row(Record):
+class Row(Record, frozen=True, kw_only=True):
     """What a backend scores and trains on: one prompt and 1 to n responses, as token ids."""
 
     prompt: Ids
     responses: tuple[Ids, ...]
 
 
-class Score(Record):
+class Score(Record, frozen=True, kw_only=True):
     """Summed log-probability (nats) of one response and the number of its tokens."""
 
     logp: float
@@ -87,7 +87,7 @@ class Score(Record):
     per_token: tuple[float, ...] | None = None
 
 
-class Side(Record):
+class Side(Record, frozen=True, kw_only=True):
     """One of the two judged answers: text, ids and both sums (nats, no beta)."""
 
     text: str
@@ -102,7 +102,7 @@ class Side(Record):
         return self.policy - self.reference
 
 
-class Judgement(Record):
+class Judgement(Record, frozen=True, kw_only=True):
     """Two answers to one prompt and which one the judge prefers. One line of `judgements.jsonl`.
 
     `margin` is beta * (logratio_a - logratio_b), `p` its sigmoid: the probability that a is better

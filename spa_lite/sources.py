@@ -15,11 +15,8 @@ import gzip
 import json
 import os
 import re
-import ssl
 import sys
 import threading
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -211,7 +208,8 @@ def _json_list(whole: bytes, name: str) -> Iterable[msgspec.Raw]:
             return msgspec.json.decode(whole, type=list[msgspec.Raw])
         return msgspec.json.decode(whole, type=_Data).data
     except msgspec.ValidationError:
-        raise DataError(f'{name}, line 1: neither a list nor {{"data": [...]}}; write one of them') from None
+        mend = "write one of them, or name it .jsonl if it holds one object per line"
+        raise DataError(f'{name}, line 1: neither a list nor {{"data": [...]}}; {mend}') from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         at = re.search(r"byte (\d+)", str(error))
         line = whole.count(b"\n", 0, int(at[1]) if at else len(whole)) + 1
@@ -340,6 +338,11 @@ def _only_split(name: str, datasets: Any) -> str:
 
 def reachable() -> bool:
     """Whether the hub answers at all, found out within PROBE_SECONDS whatever the resolver does."""
+    import http.client
+    import ssl
+    import urllib.error
+    import urllib.request
+
     url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     answered = threading.Event()
 
@@ -353,7 +356,7 @@ def reachable() -> bool:
         except urllib.error.URLError as error:
             if isinstance(error.reason, ssl.SSLError):
                 answered.set()  # other certificates than ours: the library may know them
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):
             pass
 
     thread = threading.Thread(target=probe, daemon=True)

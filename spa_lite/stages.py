@@ -129,7 +129,9 @@ class Workshop:
             pairs = [(pair.id, row) for pair, row in self.data.seed_pairs]
             plan = seed_plan(self.recipe, len(pairs))
             with Lines(folder / "metrics.jsonl") as log:
-                summary = train(backend, pairs, objective.Dpo(self.recipe.loss.beta), plan, self.recipe, log, self.report, "seed")
+                summary = train(
+                    backend, pairs, objective.Dpo(self.recipe.loss.beta), plan, self.recipe, log, self.report, "seed"
+                )
             backend.save(folder / "adapter")
             return summary
 
@@ -183,7 +185,9 @@ class Workshop:
         def work(folder: Path) -> dict[str, Any]:
             pairs = pairs_of(read_judgements(folder / "judgements.jsonl"), self.recipe)
             if not pairs:
-                raise DataError(f"round {i}: every pair holds two identical answers, so there is nothing to learn; raise --temp")
+                raise DataError(
+                    f"round {i}: every pair holds two identical answers, so there is nothing to learn; raise --temp"
+                )
             backend = self._bind(policy.adapter, training=True)
             with Lines(folder / "metrics.jsonl") as log:
                 plan = round_plan(self.recipe, len(pairs))
@@ -196,7 +200,7 @@ class Workshop:
         return self._policy(self._once(f"rounds/{i}", "train", ("adapter", "metrics.jsonl"), inputs, work))
 
     def measure(self, folder: str, policy: Policy | None) -> None:
-        """Held-out measures of a policy (None: pi_init): answers scored by gold where known, accuracy on human pairs."""
+        """Held-out measures of a policy (None: pi_init): gold of its answers where known, accuracy on human pairs."""
         who = policy or self.init
         baseline = self._baseline() if policy else None
 
@@ -213,7 +217,9 @@ class Workshop:
 
         inputs = {
             "policy": who.key,
-            "held out": digest([[ids for _, ids in self.data.held_out_prompts], [r for _, r in self.data.held_out_pairs]]),
+            "held out": digest(
+                [[ids for _, ids in self.data.held_out_prompts], [r for _, r in self.data.held_out_pairs]]
+            ),
         }
         self._once(folder, "measure", ("answers.jsonl",), inputs, work)
 
@@ -269,7 +275,12 @@ class Workshop:
     # -- plumbing ----------------------------------------------------------------------------------------------
 
     def _once(
-        self, folder: str, kind: str, outputs: tuple[str, ...], inputs: dict[str, str], work: Callable[[Path], dict[str, Any]]
+        self,
+        folder: str,
+        kind: str,
+        outputs: tuple[str, ...],
+        inputs: dict[str, str],
+        work: Callable[[Path], dict[str, Any]],
     ) -> Stage:
         """Do a stage, or read it if it is finished; either way its summary is kept for the table."""
         inputs = {"model": self.models.backend.fingerprint, **inputs}
@@ -357,7 +368,9 @@ def folder_digest(folder: Path | None) -> str | None:
         return None
     if not folder.is_dir():
         raise ModelError(f"there is no adapter folder {folder}; check the path")
-    return digest([(p.name, digest(p.read_bytes())) for p in sorted(folder.iterdir()) if p.suffix in {".json", ".safetensors"}])
+    return digest(
+        [(p.name, digest(p.read_bytes())) for p in sorted(folder.iterdir()) if p.suffix in {".json", ".safetensors"}]
+    )
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -391,8 +404,23 @@ def summarise_run(shop: Workshop, policy: Policy) -> dict[str, Any]:
     for folder, kinds in shop.summaries.items():
         measured, trained = kinds.get("measure", {}), kinds.get("train") or kinds.get("seed") or {}
         name = {"init": "init", "rounds/0": "seed"}.get(folder, folder.replace("rounds/", "round "))
-        rows.append({"stage": name, "folder": folder, **measured, "judged": kinds.get("judge"), "sampled": kinds.get("sample"), "trained": trained})
-    summary = {"recipe": shop.recipe.name, "scale": shop.recipe.scale, "rows": rows, "warnings": warnings(rows), "notes": shop.data.notes}
+        rows.append(
+            {
+                "stage": name,
+                "folder": folder,
+                **measured,
+                "judged": kinds.get("judge"),
+                "sampled": kinds.get("sample"),
+                "trained": trained,
+            }
+        )
+    summary = {
+        "recipe": shop.recipe.name,
+        "scale": shop.recipe.scale,
+        "rows": rows,
+        "warnings": warnings(rows),
+        "notes": shop.data.notes,
+    }
     write_json(shop.run.folder / "summary.json", summary)
     if policy.adapter:
         final = shop.run.folder / "adapter"
@@ -410,7 +438,9 @@ def warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
         judged, trained = row.get("judged") or {}, row.get("trained") or {}
         right = (row.get("label_accuracy") or {}).get("score")
         if right and right["high"] < 0.5:
-            found.append(f"{row['stage']}: the self-labels are wrong more often than right ({100 * right['value']:.0f} % right)")
+            found.append(
+                f"{row['stage']}: the self-labels are wrong more often than right ({100 * right['value']:.0f} % right)"
+            )
         if judged.get("unequal_lengths", 0) >= 50 and not 0.2 < judged["longer_wins"] < 0.8:
             way = "longer" if judged["longer_wins"] > 0.5 else "shorter"
             found.append(f"{row['stage']}: the judge almost always prefers the {way} answer; length may be all it sees")
@@ -420,5 +450,7 @@ def warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
                 "(displacement); lower the learning rate or the number of epochs"
             )
         if trained.get("skipped"):
-            found.append(f"{row['stage']}: {trained['skipped']} training steps were skipped because they were not finite")
+            found.append(
+                f"{row['stage']}: {trained['skipped']} training steps were skipped because they were not finite"
+            )
     return found

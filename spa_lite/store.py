@@ -131,8 +131,8 @@ class Run:
             yield
         except OSError as error:
             raise RunError(
-                f"{stage.title}: {error.strerror or error} ({error.filename or self.folder}); finished stages are kept, "
-                "make room or fix the permission and run the same command again"
+                f"{stage.title}: {error.strerror or error} ({error.filename or self.folder}); make room or fix the "
+                "permission and run the same command again: finished stages are kept"
             ) from error
 
     def _difference(self, stage: Stage, done: dict[str, Any]) -> str:

@@ -100,11 +100,15 @@ def train(
             streak = streak + 1 if stats.skipped else 0
             lines.append(step_line(step, epoch, rate, [i for i, _ in batch], stats))
             log(lines[-1])
-            report(Event(stage, step, plan.steps, "steps", f"skipped a non-finite step ({skipped} so far)" if streak else ""))
+            report(
+                Event(
+                    stage, step, plan.steps, "steps", f"skipped a non-finite step ({skipped} so far)" if streak else ""
+                )
+            )
             if streak == PATIENCE:
                 raise TrainingDiverged(
-                    f"{stage}: loss or gradient was not finite {PATIENCE} steps in a row (step {step} of {plan.steps}); "
-                    "lower the learning rate or check the data; finished stages are kept"
+                    f"{stage}: loss or gradient was not finite {PATIENCE} steps in a row (step {step} of {plan.steps}); lower "
+                    "the learning rate or check the data; finished stages are kept"
                 )
     return summarise(lines, skipped)
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import io
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
+from email.message import Message as Headers
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +28,6 @@ from spa_lite import data, sources
 from spa_lite.data import read_candidates, read_pairs, read_prompts
 from spa_lite.errors import DataError, RecipeError
 from spa_lite.records import Message, Pair, Prompt, Record
-
-Said = list[dict[str, str]]
 
 
 def user(text: str) -> dict[str, str]:
@@ -251,7 +254,7 @@ BAD_PROMPTS: dict[str, tuple[bytes, str, str]] = {
     "not json": (
         b"{'prompt': 'x'}\n",
         "json",
-        "not valid JSON (invalid character (byte 1)); write one object per line",
+        "not valid JSON (object keys must be strings (byte 1)); write one object per line",
     ),
     "two": (b'{"prompt": "x"} {"prompt": "y"}\n', "json", "write one object per line"),
     "nan": (b'{"prompt": "x", "score": NaN}\n', "json", "NaN, Infinity"),
@@ -271,7 +274,7 @@ BAD_PAIRS: dict[str, tuple[dict[str, Any], str, str]] = {
     "same": (Q | {"chosen": "x", "rejected": "x"}, "same", "are the same; change one of them or drop the pair"),
     "nul": (Q | {"chosen": "x\0", "rejected": "x"}, "nul", "`chosen` holds a NUL character; remove it"),
     "nothing shared": ({"chosen": "x", "rejected": "y"}, "missing", "share no beginning; add `prompt`"),
-    "answers only": ({"chosen": [assistant("x")], "rejected": [assistant("y")]}, "missing", "no prompt: add `prompt`"),
+    "answers only": ({"chosen": [assistant("x")], "rejected": [assistant("y")]}, "missing", "no prompt; add `prompt`"),
     "differ early": (
         {"chosen": [user("x"), assistant("1")], "rejected": [user("y"), assistant("2")]},
         "prompt",
@@ -389,7 +392,8 @@ def test_a_bad_record_of_a_json_document_is_named_by_line_and_number(put: Callab
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (GOOD + GOOD, "line 2: not one valid JSON document"),
+        (GOOD + GOOD, "or name it .jsonl if it holds one object per line"),
+        (b"[]\n[]", "line 2: not one valid JSON document"),
         (b'[\n{"prompt": "x"},\n{"pro', "line 3: not one valid JSON document"),
         (b'{"rows": []}', 'neither a list nor {"data": [...]}; write one of them'),
         (b"", "the source is empty; give it"),
@@ -468,6 +472,7 @@ def test_paths_are_refused_before_the_first_record_is_asked_for(tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("no_network")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a file that pandas leaves open
 def test_csv(put: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
     turns = json.dumps([user("hi"), assistant("ho"), user("he")]).replace('"', '""')
     text = f'\ufeffid,prompt,messages,n\r\n1,"say ""a""\nor b",,5\r\n2,NA,,\r\n3,,"{turns}",\r\n4,[sic],,\r\n'
@@ -488,6 +493,7 @@ def test_csv(put: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> Non
             read_prompts(put(content, "c.csv"))
         assert "c.csv" in str(caught.value)
         assert words in str(caught.value)
+    gc.collect()
     assert capfd.readouterr() == ("", "")
 
 
@@ -511,7 +517,7 @@ def test_parquet(put: Callable[..., Path], tmp_path: Path, capfd: pytest.Capture
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """A hub that answers with one row, and the arguments it was asked with."""
     import datasets
 
@@ -526,14 +532,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     monkeypatch.setattr(sources, "reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: {"o/one": ["only"], "o/n": ["a", "b"]}[name])
-    return iter([asked])
+    return asked
 
 
-def test_a_hub_name_is_loaded_without_trusting_code(hub: Iterator[list[dict[str, Any]]]) -> None:
-    asked = next(hub)
+def test_a_hub_name_is_loaded_without_trusting_code(hub: list[dict[str, Any]]) -> None:
     assert read_pairs("hub:o/n:train_prefs")[0][0].chosen == "A"
     assert read_pairs("hub:o/one")[0][0].chosen == "A"
-    assert asked == [{"name": "o/n", "split": "train_prefs"}, {"name": "o/one", "split": "only"}]
+    assert hub == [{"name": "o/n", "split": "train_prefs"}, {"name": "o/one", "split": "only"}]
     with pytest.raises(DataError, match="it has the splits a, b; say which one, as in hub:o/n:a"):
         read_pairs("hub:o/n")
     with pytest.raises(DataError, match=r"^hub:o/n:absent: cannot be loaded \(Unknown split 'absent'\); check.*$"):
@@ -546,7 +551,7 @@ def test_a_hub_that_does_not_answer_is_one_quick_sentence(monkeypatch: pytest.Mo
     def refuse(*args: object, **options: object) -> None:
         raise OSError("no route")
 
-    monkeypatch.setattr(sources.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
     start = time.monotonic()
     with pytest.raises(
         DataError, match="hub:o/n: the hub cannot be reached; connect to the network, give a local file"
@@ -557,10 +562,34 @@ def test_a_hub_that_does_not_answer_is_one_quick_sentence(monkeypatch: pytest.Mo
 
 def test_a_resolver_that_hangs_does_not_hang_us(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "PROBE_SECONDS", 0.05)
-    monkeypatch.setattr(sources.urllib.request, "urlopen", lambda *args, **options: time.sleep(0.5))
+    release = threading.Event()
+
+    def hang(*args: object, **options: object) -> None:
+        release.wait(9)
+        raise OSError("no answer")
+
+    monkeypatch.setattr(urllib.request, "urlopen", hang)
     start = time.monotonic()
     assert not sources.reachable()
-    assert time.monotonic() - start < 0.4
+    assert time.monotonic() - start < 5
+    release.set()
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (urllib.error.HTTPError("", 401, "who are you", Headers(), None), True),
+        (urllib.error.URLError(ssl.SSLError("unknown certificate")), True),
+        (urllib.error.URLError(socket.gaierror(-2, "Name or service not known")), False),
+        (TimeoutError(), False),
+    ],
+)
+def test_what_counts_as_an_answer(answer: Exception, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers(*args: object, **options: object) -> None:
+        raise answer
+
+    monkeypatch.setattr(urllib.request, "urlopen", answers)
+    assert sources.reachable() is expected
 
 
 # --- memory ----------------------------------------------------------------------------------------------------
@@ -689,7 +718,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"p\.jsonl: record 2 cannot be written as JSON"):
         data.write_jsonl(path, records())
     assert data.read_jsonl(path, Prompt) == [prompt("old")]
-    assert os.listdir(tmp_path) == ["p.jsonl"]
+    assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(DataError, match="cannot be written"):
         data.write_jsonl(tmp_path / "absent" / "p.jsonl", [])
 

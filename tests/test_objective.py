@@ -25,7 +25,7 @@ from spa_lite.objective import Dpo, Refined, Window
 CASES: list[dict[str, Any]] = json.loads((Path(__file__).parent / "golden" / "spa_official.json").read_text())["cases"]
 
 
-def cases(kind: str) -> Any:
+def cases(kind: str) -> pytest.MarkDecorator:
     """All cases of a kind, as test parameters."""
     found = [c for c in CASES if c["kind"] == kind]
     assert found, kind
@@ -36,8 +36,13 @@ def batch_of(logp: Any, reference: Any, extrapolated: Any = ()) -> Batch:
     """Chosen and rejected sums, interleaved."""
     flat = np.asarray(logp, dtype=np.float64)
     rows = np.repeat(np.arange(len(flat) // 2), 2)
-    return Batch(flat, np.asarray(reference, dtype=np.float64), np.asarray(extrapolated, dtype=np.float64),
-                 np.ones(len(flat), dtype=np.int64), rows)
+    return Batch(
+        flat,
+        np.asarray(reference, dtype=np.float64),
+        np.asarray(extrapolated, dtype=np.float64),
+        np.ones(len(flat), dtype=np.int64),
+        rows,
+    )
 
 
 def interleave(chosen: Any, rejected: Any) -> np.ndarray:
@@ -102,9 +107,9 @@ def test_golden_warmup(case: dict[str, Any]) -> None:
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Row-wise log-softmax in float64."""
-    return logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(
-        -1, keepdims=True
-    )
+    shifted = logits - logits.max(-1, keepdims=True)
+    normalised: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return normalised
 
 
 def bigram_logp(weights: np.ndarray, prompt: list[int], response: list[int]) -> float:
@@ -153,7 +158,8 @@ def test_golden_judgement(case: dict[str, Any]) -> None:
     i = case["inputs"]
     policy, init = np.array(i["policy_W"]), np.array(i["init_W"])
     for pair, expected in zip(i["pairs"], case["expected"]["per_pair"], strict=True):
-        rewards = [bigram_logp(policy, pair["prompt"], y) - bigram_logp(init, pair["prompt"], y) for y in (pair["y1"], pair["y2"])]
+        answers = (pair["y1"], pair["y2"])
+        rewards = [bigram_logp(policy, pair["prompt"], y) - bigram_logp(init, pair["prompt"], y) for y in answers]
         close(rewards, [expected["reward_first"], expected["reward_second"]])
         p = objective.preference(np.float64(objective.margin(rewards[0], rewards[1], 0.0, 0.0, case["params"]["beta"])))
         close(p, expected["p_first_preferred"])
@@ -178,7 +184,7 @@ def test_golden_threshold(case: dict[str, Any]) -> None:
     window = Window("official", K, case["params"]["window"], "zero")
     window.push(margins)
     if case["status"] == "bug":
-        with pytest.raises(RecipeError, match="0.98"):
+        with pytest.raises(RecipeError, match=r"0\.98"):
             _ = window.tau
         return
     close(window.tau, expected["official_threshold"])
@@ -192,7 +198,8 @@ def test_golden_threshold(case: dict[str, Any]) -> None:
 def test_golden_stream(case: dict[str, Any]) -> None:
     """Micro-step by micro-step under the released rule: tau used, alpha in effect, flag, loss."""
     i, p, expected = case["inputs"], case["params"], case["expected"]
-    loss = Refined(p["beta"], p["alpha"], 0.5, Window("official", p["K"], p["window"], "zero"), p["warmup"], p["max_steps"])
+    window = Window("official", p["K"], p["window"], "zero")
+    loss = Refined(p["beta"], p["alpha"], 0.5, window, p["warmup"], p["max_steps"])
     found: dict[str, list[float]] = {"tau": [], "noisy": [], "loss": [], "active": []}
     for t, (own, mix) in enumerate(zip(i["policy_logratio_diff"], i["mix_logratio_diff"], strict=True), start=1):
         found["active"].append(p["alpha"] * loss.active)
@@ -363,7 +370,8 @@ def test_flags_do_not_depend_on_micro_batches(rule: Any) -> None:
         for margins in steps:
             for start in range(0, len(margins), piece):
                 part = margins[start : start + piece]
-                found += loss(batch_of(interleave(part, np.zeros(len(part))), np.zeros(2 * len(part)))).metrics["noisy"].tolist()
+                batch = batch_of(interleave(part, np.zeros(len(part))), np.zeros(2 * len(part)))
+                found += loss(batch).metrics["noisy"].tolist()
             loss.end_step()
         return found
 

@@ -1,4 +1,4 @@
-"""Tiny random models of several architectures, made on the spot: a generated tokenizer, a chat template, random weights."""
+"""Tiny random models of several architectures, made on the spot, with a generated tokenizer and a chat template."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
+EXTRA_ENDS = tuple(range(320, 344))
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gemma2", "phi3", "gpt_neox", "gpt2", "gpt_neo")
-"""Grouped queries, biases, sliding windows, soft-capped logits, fused layers, partial rotary, Conv1D, local attention."""
+"""Grouped queries, biases, sliding windows, soft-capped logits, fused layers, partial rotary, Conv1D, local windows."""
 
 
 def sentences(count: int = 1500, seed: int = 0) -> Iterator[str]:
@@ -97,13 +98,19 @@ def make_config(architecture: str) -> Any:
 
 
 def make_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path:
-    """Save a random model of that architecture with its tokenizer; return the folder."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    """Save a random model of that architecture with its tokenizer; return the folder.
 
-    with torch.random.fork_rng(devices=[]):
+    Its generation config names many end tokens besides the tokenizer's own, so that answers are short.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from spa_lite.backends.torch_quiet import quiet
+
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(make_config(architecture), dtype=torch.float32)
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+        model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=[2, *EXTRA_ENDS], pad_token_id=0)
+        model.save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
     return folder

@@ -1,0 +1,548 @@
+"""What every backend must do. One class of tests; `test_backends.py` says which backends and models it runs on.
+
+Nothing here knows a framework: a model's next-token distribution, for instance, is had by scoring every
+one-token answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from spa_lite import keys
+from spa_lite.backend import (
+    INIT,
+    POLICY,
+    PREVIOUS,
+    Backend,
+    Batch,
+    Batching,
+    Floats,
+    Lora,
+    ModelSettings,
+    Objective,
+    Optimizer,
+    Outcome,
+    Sampling,
+)
+from spa_lite.backends import load
+from spa_lite.errors import BackendError, ModelError, SpaError
+from spa_lite.objective import Dpo
+from spa_lite.records import Completion, Ids, Message, Row, Score
+
+QUESTIONS = (
+    "the baker paints?",
+    "a heron",
+    "my sister mends the long bridge and answers nothing at all",
+    "two letters!",
+)
+LORA = Lora(rank=4, alpha=8.0, seed=3)
+OPTIMIZER = Optimizer(eps=1e-4, weight_decay=0.01)
+"""A larger eps than usual: AdamW's first step is the gradient's sign, which rounding may flip where it is near 0."""
+
+
+@dataclass
+class Subject:
+    """A backend with one model to test it on. Backends are made once per batching and given fresh roles by `fresh`."""
+
+    name: str
+    backend: str
+    make_model: Callable[[], str]
+    vocabulary: int
+    rate: float
+    base_bytes: Callable[[Any], bytes]
+    tolerance: float = 1e-4
+    _model: str | None = None
+    _made: dict[Batching, Backend] = field(default_factory=dict)
+
+    def settings(self, batching: Batching | None = None) -> ModelSettings:
+        """Settings of this model on the CPU."""
+        self._model = self._model or self.make_model()
+        return ModelSettings(model=self._model, device="cpu", batching=batching or Batching())
+
+    def another(self) -> Backend:
+        """A new backend, as after a restart."""
+        return load(self.backend, self.settings())
+
+    def fresh(self, **batching: Any) -> Backend:
+        """A backend with a zero-effect policy and the other roles on the base."""
+        wanted = Batching(**batching)
+        if wanted not in self._made:
+            self._made[wanted] = load(self.backend, self.settings(wanted))
+        backend = self._made[wanted]
+        backend.bind(INIT)
+        backend.bind(PREVIOUS)
+        backend.bind(POLICY, None, LORA)
+        return backend
+
+    def moved(self, **batching: Any) -> Backend:
+        """The same with a policy that two steps have moved away from PREVIOUS."""
+        backend = self.fresh(**batching)
+        backend.snapshot()
+        backend.start_training(OPTIMIZER)
+        for _ in range(2):
+            backend.dpo_step(pairs(backend), Dpo(0.5), self.rate)
+        return backend
+
+
+@dataclass
+class Linear:
+    """An objective whose coefficients are given per response; remembers the batches it saw."""
+
+    coefficients: Sequence[float]
+    reference: bool = True
+    extrapolation: float = 0.0
+    sequential: bool = False
+    seen: list[Batch] = field(default_factory=list)
+
+    def __call__(self, batch: Batch) -> Outcome:
+        """loss[row] = sum over its responses of coefficient * logp."""
+        start = sum(len(other.logp) for other in self.seen)
+        self.seen.append(batch)
+        chosen = np.array(self.coefficients[start : start + len(batch.logp)], dtype=np.float64)
+        loss = np.bincount(batch.row, weights=chosen * batch.logp)
+        return Outcome(loss, chosen)
+
+
+class Mixed(Dpo):
+    """DPO that asks for extrapolated log-probabilities and keeps what it saw."""
+
+    def __init__(self, extrapolation: float) -> None:
+        super().__init__(0.1)
+        self.extrapolation = extrapolation
+        self.seen: list[Batch] = []
+
+    def __call__(self, batch: Batch) -> Outcome:
+        """The loss of DPO."""
+        self.seen.append(batch)
+        return super().__call__(batch)
+
+
+@dataclass
+class Broken:
+    """An objective whose loss or coefficients are not finite."""
+
+    loss: float
+    coefficient: float
+    reference: bool = True
+    extrapolation: float = 0.0
+    sequential: bool = False
+
+    def __call__(self, batch: Batch) -> Outcome:
+        """The same number for all rows and responses."""
+        return Outcome(np.full(batch.row[-1] + 1, self.loss), np.full(len(batch.row), self.coefficient))
+
+
+def conversation(text: str) -> tuple[Message, ...]:
+    """One user turn."""
+    return (Message(role="user", content=text),)
+
+
+def prompts(backend: Backend) -> list[Ids]:
+    """Four prompts of different lengths."""
+    return [backend.tokenizer.encode_prompt(conversation(text)) for text in QUESTIONS]
+
+
+def pairs(backend: Backend, count: int = 4) -> list[Row]:
+    """Rows of two human answers of different lengths."""
+    answers = (
+        "two plums.",
+        "the blue door carries seven letters",
+        "no",
+        "an old map paints a quiet song!",
+        "yes, again",
+    )
+    rows = []
+    for index in range(count):
+        talk = conversation(QUESTIONS[index % 4])
+        two = [backend.tokenizer.encode_answer(talk, answers[(index + side) % 5]) for side in (0, 1)]
+        rows.append(Row(prompt=backend.tokenizer.encode_prompt(talk), responses=tuple(two)))
+    return rows
+
+
+def names(count: int, n: int) -> list[list[bytes]]:
+    """Keys of n samples for each of some prompts."""
+    return [[keys.sample_key(0, 1, f"p{index}", k) for k in range(n)] for index in range(count)]
+
+
+def draw(
+    backend: Backend, asked: Sequence[Ids], key: Sequence[Sequence[bytes]], sampling: Sampling, role: str = POLICY
+) -> list[tuple[Completion, ...]]:
+    """All samples, in the order of the prompts."""
+    found = dict(backend.sample(asked, len(key[0]), sampling, key, role))
+    return [found[index] for index in range(len(asked))]
+
+
+def score(
+    backend: Backend, rows: Sequence[Row], role: str = POLICY, per_token: bool = False
+) -> list[tuple[Score, ...]]:
+    """All scores, in row order."""
+    found = dict(backend.logprob(rows, role, per_token))
+    return [found[index] for index in range(len(rows))]
+
+
+def sums(backend: Backend, rows: Sequence[Row], role: str = POLICY) -> Floats:
+    """All summed log-probs, in row order."""
+    return np.array([one.logp for several in score(backend, rows, role) for one in several])
+
+
+def distributions(backend: Backend, vocabulary: int, contexts: Sequence[Ids], role: str = POLICY) -> Floats:
+    """Next-token log-probs [context, vocabulary]."""
+    every = tuple((token,) for token in range(vocabulary))
+    return sums(backend, [Row(prompt=ids, responses=every) for ids in contexts], role).reshape(-1, vocabulary)
+
+
+def texts(drawn: Sequence[Sequence[Completion]]) -> list[list[tuple[Ids, str]]]:
+    """Ids and endings: what must not depend on batching."""
+    return [[(one.ids, one.ended) for one in several] for several in drawn]
+
+
+class Contract:
+    """Tests that take a `subject`."""
+
+    def test_a_score_is_what_the_sampler_recorded(self, subject: Subject) -> None:
+        backend = subject.moved()
+        asked = prompts(backend)
+        drawn = draw(backend, asked, names(4, 2), Sampling(temperature=0.7, max_tokens=24))
+        rows = [Row(prompt=ids, responses=tuple(c.ids for c in some)) for ids, some in zip(asked, drawn, strict=True)]
+        for some, scores in zip(drawn, score(backend, rows, per_token=True), strict=True):
+            for completion, found in zip(some, scores, strict=True):
+                assert found.tokens == len(completion.ids) == len(completion.logprobs)
+                assert found.per_token == pytest.approx(completion.logprobs, abs=subject.tolerance)
+                assert found.logp == pytest.approx(math.fsum(found.per_token or ()), abs=1e-9)
+                assert completion.text == backend.tokenizer.decode(completion.ids)
+
+    def test_a_text_depends_on_its_key_alone(self, subject: Subject) -> None:
+        backend, asked, key = subject.moved(), [], names(4, 3)
+        asked = prompts(backend)
+        sampling = Sampling(temperature=1.0, max_tokens=20)
+        whole = texts(draw(backend, asked, key, sampling))
+        assert len({ids for some in whole for ids, _ in some}) > 6, "different keys give different texts"
+        assert texts(draw(backend, asked[::-1], key[::-1], sampling)) == whole[::-1]
+        assert texts(draw(backend, asked[1:3], key[1:3], sampling)) == whole[1:3]
+        assert texts(draw(backend, asked, [some[:1] for some in key], sampling)) == [some[:1] for some in whole]
+        single = subject.moved(sample=1)
+        assert texts(draw(single, asked, key, sampling)) == whole
+
+    def test_the_caller_may_do_other_things_between_two_samples(self, subject: Subject) -> None:
+        backend = subject.moved(sample=2)
+        asked, key, sampling = prompts(backend), names(4, 2), Sampling(temperature=1.0, max_tokens=20)
+        expected = texts(draw(backend, asked, key, sampling))
+        found = {}
+        for index, some in backend.sample(asked, 2, sampling, key):
+            found[index] = some
+            score(backend, pairs(backend, 1), INIT)
+        assert texts([found[index] for index in range(4)]) == expected
+
+    def test_the_next_token_distribution_sums_to_one(self, subject: Subject) -> None:
+        backend = subject.moved()
+        found = distributions(backend, subject.vocabulary, prompts(backend)[:2])
+        assert np.exp(found).sum(axis=1) == pytest.approx(1.0, abs=1e-4)
+
+    @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.5, 1.0), (1.0, 0.5), (0.7, 0.9)])
+    def test_a_token_is_the_inverse_cdf_of_the_tempered_distribution(
+        self, subject: Subject, temperature: float, top_p: float
+    ) -> None:
+        backend = subject.moved()
+        asked = prompts(backend)[:1]
+        probabilities = np.exp(distributions(backend, subject.vocabulary, asked)[0] / temperature)
+        probabilities /= probabilities.sum()
+        if top_p < 1:
+            order = np.argsort(-probabilities, kind="stable")
+            kept = order[: int(np.searchsorted(probabilities[order].cumsum(), top_p)) + 1]
+            probabilities = np.where(np.isin(np.arange(subject.vocabulary), kept), probabilities, 0.0)
+            probabilities /= probabilities.sum()
+        cumulative = probabilities.cumsum()
+        names_ = [[keys.digest("cdf", k) for k in range(40)]]
+        drawn = draw(backend, asked, names_, Sampling(temperature=temperature, top_p=top_p, max_tokens=1))[0]
+        checked = 0
+        for key, completion in zip(names_[0], drawn, strict=True):
+            uniform = float(keys.uniforms(key, 0)[0])
+            if np.abs(cumulative - uniform).min() > 1e-5:  # else rounding may decide
+                assert completion.ids == (int(np.searchsorted(cumulative, uniform, side="right")),)
+                checked += 1
+        assert checked > 30
+
+    def test_temperature_zero_takes_the_likeliest_token(self, subject: Subject) -> None:
+        backend = subject.moved()
+        asked = prompts(backend)[:2]
+        for ids, some in zip(asked, draw(backend, asked, names(2, 2), Sampling(0.0, 1.0, 5)), strict=True):
+            assert some[0].ids == some[1].ids
+            before = [(*ids, *some[0].ids[:step]) for step in range(len(some[0].ids))]
+            assert some[0].ids == tuple(distributions(backend, subject.vocabulary, before).argmax(axis=1))
+
+    def test_end_and_cap_are_told_apart(self, subject: Subject) -> None:
+        backend = subject.fresh()
+        drawn = draw(backend, prompts(backend), names(4, 8), Sampling(temperature=1.0, max_tokens=12))
+        endings = {completion.ended for some in drawn for completion in some}
+        assert endings == {"eos", "cap"}
+        for completion in (one for some in drawn for one in some):
+            stops = [token in backend.tokenizer.stop_ids for token in completion.ids]
+            assert not any(stops[:-1]), "nothing follows an end"
+            assert stops[-1] == (completion.ended == "eos")
+            assert len(completion.ids) == 12 or completion.ended == "eos"
+
+    def test_no_token_may_be_asked_for(self, subject: Subject) -> None:
+        backend = subject.fresh()
+        assert texts(draw(backend, prompts(backend), names(4, 1), Sampling(max_tokens=0))) == [[((), "cap")]] * 4
+
+    def test_batching_and_padding_change_no_score(self, subject: Subject) -> None:
+        backend = subject.moved()
+        rows = pairs(backend, 8)
+        together = sums(backend, rows)
+        assert sums(subject.moved(score=1), rows) == pytest.approx(together, abs=subject.tolerance)
+        alone = [sums(backend, [Row(prompt=row.prompt, responses=(one,))])[0] for row in rows for one in row.responses]
+        assert alone == pytest.approx(together, abs=subject.tolerance)
+
+    def test_rows_may_have_any_number_of_responses(self, subject: Subject) -> None:
+        backend = subject.moved()
+        talk = conversation(QUESTIONS[0])
+        prompt = backend.tokenizer.encode_prompt(talk)
+        answers = [backend.tokenizer.encode_answer(talk, text) for text in ("one", "two plums", "three songs again")]
+        rows = [Row(prompt=prompt, responses=tuple(answers[:count])) for count in (1, 3, 2)]
+        expected = sums(backend, [Row(prompt=prompt, responses=tuple(answers))])
+        assert [len(several) for several in score(backend, rows)] == [1, 3, 2]
+        assert sums(backend, rows) == pytest.approx([*expected[:1], *expected, *expected[:2]], abs=subject.tolerance)
+        objective = Linear([1.0, -1.0, 0.5, 2.0, 0.0, 1.0])
+        stats = backend.dpo_step(rows, objective, subject.rate)
+        assert np.concatenate([batch.row for batch in objective.seen]).tolist() == [0, 1, 1, 1, 2, 2]
+        assert stats.tokens == sum(len(one) for row in rows for one in row.responses)
+        assert not stats.skipped
+
+    @pytest.mark.parametrize("extrapolation", [0.0, 0.125, 0.5, 3.0])
+    def test_a_round_starts_at_margin_zero(self, subject: Subject, extrapolation: float) -> None:
+        backend = subject.moved()
+        for _ in range(2):
+            backend.snapshot()
+            objective = Mixed(extrapolation)
+            stats = backend.dpo_step(pairs(backend), objective, subject.rate)
+            assert stats.loss == pytest.approx(math.log(2), abs=1e-5)
+            assert stats.metrics["margin"] == pytest.approx(0.0, abs=1e-4)
+            assert stats.reference == pytest.approx(stats.logp, abs=subject.tolerance)
+            for batch in objective.seen:
+                expected = batch.logp if extrapolation else np.zeros(0)
+                assert batch.extrapolated == pytest.approx(expected, abs=subject.tolerance)
+
+    @pytest.mark.parametrize("extrapolation", [0.25, 2.0])
+    def test_extrapolated_logprobs_are_those_of_the_mixed_logits(self, subject: Subject, extrapolation: float) -> None:
+        backend = subject.moved()
+        row = pairs(backend)[2]
+        objective = Mixed(extrapolation)
+        expected = []
+        for response in row.responses:
+            before = [(*row.prompt, *response[:step]) for step in range(len(response))]
+            policy = distributions(backend, subject.vocabulary, before)
+            mixed = (1 + extrapolation) * policy - extrapolation * distributions(
+                backend, subject.vocabulary, before, PREVIOUS
+            )
+            mixed -= np.log(np.exp(mixed).sum(axis=1, keepdims=True))
+            expected.append(mixed[np.arange(len(response)), response].sum())
+        backend.dpo_step([row], objective, subject.rate)
+        assert objective.seen[0].extrapolated == pytest.approx(expected, abs=10 * subject.tolerance)
+        assert abs(objective.seen[0].extrapolated - objective.seen[0].logp).max() > 1e-3
+
+    def test_what_is_not_asked_for_is_left_empty(self, subject: Subject) -> None:
+        backend = subject.moved()
+        objective = Linear([1.0, -1.0], reference=False)
+        stats = backend.dpo_step(pairs(backend, 1), objective, subject.rate)
+        assert objective.seen[0].reference.size == objective.seen[0].extrapolated.size == stats.reference.size == 0
+
+    def test_a_step_raises_its_pairs_margin(self, subject: Subject) -> None:
+        backend = subject.fresh()
+        backend.snapshot()
+        backend.start_training(OPTIMIZER)
+        row = pairs(backend)[:1]
+        margins = [backend.dpo_step(row, Dpo(0.1), subject.rate).metrics["margin"][0] for _ in range(4)]
+        assert margins[0] == pytest.approx(0.0, abs=1e-5)
+        assert margins[0] < margins[1] < margins[2] < margins[3]
+
+    def test_only_the_policys_adapter_moves(self, subject: Subject) -> None:
+        backend = subject.moved()
+        backend.snapshot()
+        rows = pairs(backend)
+        base, init, previous = subject.base_bytes(backend), sums(backend, rows, INIT), sums(backend, rows, PREVIOUS)
+        before = sums(backend, rows, POLICY)
+        backend.dpo_step(rows, Mixed(0.5), subject.rate)
+        backend.dpo_step(rows, Mixed(0.5), subject.rate)
+        assert subject.base_bytes(backend) == base
+        assert (sums(backend, rows, INIT) == init).all()
+        assert (sums(backend, rows, PREVIOUS) == previous).all()
+        assert np.abs(sums(backend, rows, POLICY) - before).min() > 1e-4
+
+    def test_the_reported_loss_is_the_objectives(self, subject: Subject) -> None:
+        backend = subject.moved(micro=3)
+        rows = pairs(backend, 8)
+        expected = sums(backend, rows), sums(backend, rows, PREVIOUS)
+        stats = backend.dpo_step(rows, Dpo(0.3), subject.rate)
+        assert stats.logp == pytest.approx(expected[0], abs=subject.tolerance)
+        assert stats.reference == pytest.approx(expected[1], abs=subject.tolerance)
+        again = Dpo(0.3)(Batch(stats.logp, stats.reference, np.zeros(0), np.zeros(16), np.repeat(np.arange(8), 2)))
+        assert stats.loss == pytest.approx(again.loss.mean(), abs=1e-12)
+        assert stats.metrics["margin"] == pytest.approx(again.metrics["margin"], abs=1e-12)
+
+    def test_micro_batches_change_memory_only(self, subject: Subject) -> None:
+        results = []
+        for micro in (1, 3, 8):
+            backend = subject.moved(micro=micro)
+            objective = Mixed(0.5)
+            stats = backend.dpo_step(pairs(backend, 8), objective, subject.rate)
+            flat = np.concatenate([batch.extrapolated for batch in objective.seen])
+            results.append((stats.loss, stats.grad_norm, flat, sums(backend, pairs(backend, 8))))
+        for loss, norm, flat, after in results[1:]:
+            assert loss == pytest.approx(results[0][0], abs=1e-5)
+            assert norm == pytest.approx(results[0][1], rel=1e-3)
+            assert flat == pytest.approx(results[0][2], abs=10 * subject.tolerance)
+            assert after == pytest.approx(results[0][3], abs=20 * subject.tolerance)
+
+    def test_padding_changes_no_gradient(self, subject: Subject) -> None:
+        norms = []
+        for company in (False, True):
+            backend = subject.moved()
+            rows = pairs(backend, 4)
+            long_rows = rows if company else rows[:1]
+            weights = [1.0, -0.5] + [0.0] * (2 * len(long_rows) - 2)
+            stats = backend.dpo_step(long_rows, Linear(weights), 0.0)
+            norms.append(stats.grad_norm * len(long_rows))
+        assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+    def test_the_gradient_is_clipped_but_reported_whole(self, subject: Subject) -> None:
+        norms, moved = [], []
+        for limit in (1e-3, 1e9):
+            backend = subject.fresh()
+            backend.start_training(replace(OPTIMIZER, eps=10.0, max_grad_norm=limit, weight_decay=0.0))
+            before = sums(backend, pairs(backend))
+            norms.append(backend.dpo_step(pairs(backend), Dpo(0.5), 100 * subject.rate).grad_norm)
+            moved.append(np.abs(sums(backend, pairs(backend)) - before).max())
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+        assert norms[0] > 1e-3
+        assert moved[0] < 0.5 * moved[1]
+
+    def test_saving_and_restoring_is_the_identity(self, subject: Subject, tmp_path: Path) -> None:
+        backend = subject.moved()
+        rows = pairs(backend)
+        backend.save(tmp_path / "one")
+        backend.save(tmp_path / "previous", PREVIOUS)
+        other = subject.another()
+        other.restore(tmp_path / "one")
+        other.bind(PREVIOUS, tmp_path / "previous")
+        assert (sums(other, rows) == sums(backend, rows)).all()
+        other.save(tmp_path / "two")
+        files = sorted(path.name for path in (tmp_path / "one").iterdir())
+        assert "optimizer.safetensors" in files
+        assert not (tmp_path / "previous" / "optimizer.safetensors").exists()
+        for name in files:
+            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+        for _ in range(2):
+            expected = backend.dpo_step(rows, Mixed(0.5), subject.rate)
+            found = other.dpo_step(rows, Mixed(0.5), subject.rate)
+            assert (found.loss, found.grad_norm) == (expected.loss, expected.grad_norm)
+        assert (sums(other, rows) == sums(backend, rows)).all()
+
+    def test_any_number_of_roles_share_the_base(self, subject: Subject, tmp_path: Path) -> None:
+        backend = subject.fresh()
+        rows = pairs(backend)
+        expected = {}
+        backend.start_training(OPTIMIZER)
+        for name in ("one", "two", "three", "four"):
+            backend.dpo_step(rows, Dpo(0.5), subject.rate)
+            backend.save(tmp_path / name)
+            expected[name] = sums(backend, rows)
+        base = sums(backend, rows, INIT)
+        for name in expected:
+            backend.bind(name, tmp_path / name)
+        backend.bind(POLICY)
+        for name in reversed(expected):
+            assert (sums(backend, rows, name) == expected[name]).all()
+            assert (sums(backend, rows, INIT) == base).all()
+        backend.unbind("two")
+        assert (sums(backend, rows, "three") == expected["three"]).all()
+        with pytest.raises(BackendError, match="two"):
+            sums(backend, rows, "two")
+        for name in ("one", "three", "four"):
+            backend.unbind(name)
+
+    def test_init_may_be_an_adapter_too(self, subject: Subject, tmp_path: Path) -> None:
+        backend = subject.moved()
+        rows = pairs(backend)
+        backend.save(tmp_path)
+        expected = sums(backend, rows)
+        for role in (INIT, PREVIOUS, POLICY):
+            backend.bind(role, tmp_path)
+        for role in (INIT, PREVIOUS, POLICY):
+            assert (sums(backend, rows, role) == expected).all()
+
+    def test_a_fresh_adapter_is_the_base(self, subject: Subject) -> None:
+        backend = subject.fresh()
+        rows = pairs(backend)
+        assert sums(backend, rows) == pytest.approx(sums(backend, rows, INIT), abs=1e-6)
+
+    def test_equal_seeds_give_equal_adapters(self, subject: Subject, tmp_path: Path) -> None:
+        backend = subject.fresh()
+        for folder in ("one", "two"):
+            backend.bind(POLICY, None, LORA)
+            backend.save(tmp_path / folder)
+        for path in (tmp_path / "one").iterdir():
+            assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+    @pytest.mark.parametrize(("loss", "coefficient"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan)])
+    def test_a_step_that_is_not_finite_is_skipped(self, subject: Subject, loss: float, coefficient: float) -> None:
+        left, right = subject.moved(), subject.moved(micro=7)
+        rows = pairs(left)
+        before = sums(left, rows)
+        stats = left.dpo_step(rows, Broken(loss, coefficient), subject.rate)
+        assert stats.skipped
+        assert (sums(left, rows) == before).all()
+        expected = right.dpo_step(rows, Dpo(0.5), subject.rate)
+        found = left.dpo_step(rows, Dpo(0.5), subject.rate)
+        assert (found.loss, found.grad_norm) == (expected.loss, expected.grad_norm)
+        assert sums(left, rows) == pytest.approx(sums(right, rows), abs=1e-9), "the optimizer had not moved either"
+
+    def test_every_refusal_is_one_sentence(self, subject: Subject, tmp_path: Path) -> None:
+        backend = subject.fresh()
+        rows, asked = pairs(backend), prompts(backend)
+        objective: Objective = Dpo(0.1)
+        too_long = (asked[0] * backend.context)[: backend.context]
+        refused: list[tuple[type[SpaError], Callable[[], Any]]] = [
+            (BackendError, lambda: backend.dpo_step(rows, objective, 0.1)),
+            (BackendError, lambda: sums(backend, rows, "nobody")),
+            (BackendError, lambda: draw(backend, asked, names(4, 1), Sampling(), "nobody")),
+            (BackendError, lambda: list(backend.sample(asked, 2, Sampling(), names(4, 1)))),
+            (BackendError, lambda: backend.unbind("nobody")),
+            (BackendError, lambda: backend.save(tmp_path / "base", INIT)),
+            (ModelError, lambda: backend.bind("x", tmp_path / "absent")),
+            (ModelError, lambda: backend.restore(tmp_path)),
+            (ModelError, lambda: draw(backend, [too_long], names(1, 1), Sampling())),
+            (ModelError, lambda: sums(backend, [Row(prompt=too_long, responses=((1, 2),))])),
+            (ModelError, lambda: sums(backend, [Row(prompt=(), responses=((1, 2),))])),
+        ]
+        for kind, act in refused:
+            with pytest.raises(kind) as caught:
+                act()
+            assert len(str(caught.value).splitlines()) == 1
+        backend.bind(POLICY)
+        with pytest.raises(BackendError, match="adapter"):
+            backend.start_training(OPTIMIZER)
+
+    def test_it_describes_itself(self, subject: Subject) -> None:
+        backend = subject.fresh()
+        assert isinstance(backend, Backend)
+        assert {"device", "dtype", "bits", "parameters", "adapter_parameters"} <= backend.description.keys()
+        assert 0 < backend.description["adapter_parameters"]
+        assert backend.fingerprint == subject.another().fingerprint
+        assert backend.context > 0
+        assert backend.can_train
+
+    def test_answers_end_once(self, subject: Subject) -> None:
+        tokenizer = subject.fresh().tokenizer
+        talk = conversation(QUESTIONS[0])
+        ids = tokenizer.encode_answer(talk, "seven plums.")
+        assert ids[-1] == tokenizer.end_of_turn
+        assert ids.count(tokenizer.end_of_turn) == 1
+        assert tokenizer.end_of_turn in tokenizer.stop_ids
+        assert tokenizer.decode(ids).strip() == "seven plums."
