@@ -137,7 +137,8 @@ def _say_agreement(agree: int, total: int, done: int, counted: dict[str, int]) -
     interval = wilson(agree, total)
     if interval:
         render.note(
-            f"agreement with the gold labels: {render.percent(interval.to_dict())} % of {total} pairs (95 % Wilson interval)"
+            f"agreement with the gold labels: {render.percent(interval.to_dict())} % of {total} pairs "
+            "(95 % Wilson interval)"
         )
 
 
@@ -235,7 +236,8 @@ def _with_policy(given: dict[str, Any]) -> dict[str, Any]:
     if not adapter.is_dir():
         raise ModelError("there is no run to judge with; give --model and --adapter-path, or run `spa-lite run` first")
     render.note(
-        "judging with the built-in model and its seed adapter; it knows only its lesson (give --model and --adapter-path for yours)"
+        "judging with the built-in model and its seed adapter; it knows only its lesson "
+        "(give --model and --adapter-path for yours)"
     )
     return {"inputs.adapter_path": str(adapter)} | given
 

@@ -58,7 +58,8 @@ def run(
     raw = prepare.read(resolved)
     if prepare.is_lesson(resolved):
         render.note(
-            "the built-in lesson: a tiny model that knows one small world (give --model, --seed-pairs and --prompts for your own)"
+            "the built-in lesson: a tiny model that knows one small world "
+            "(give --model, --seed-pairs and --prompts for your own)"
         )
     models = models_of(resolved)
     data = prepare.encode_all(raw, models.backend, resolved)
@@ -70,10 +71,12 @@ def run(
     if fresh and folder.exists():
         _clear(folder)
     place = Run(folder)
-    write_recipe(folder, resolved)
+    if not (folder / "recipe.yaml").exists():
+        write_recipe(folder, resolved)
     render.note(f"run folder: {folder}")
     with render.progress() as report:
         summary = spa(models, resolved, data, place, report)
+    write_recipe(folder, resolved)  # once more: settings that no finished stage depends on may have changed
     seconds = {row["stage"]: place.seconds(row["folder"]) for row in summary["rows"]}
     write_json(folder / "timings.json", seconds)
     if as_json:

@@ -7,6 +7,7 @@ came out. A policy is named by the stage that made it, so a key never depends on
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from spa_lite.recipe import Recipe, for_round
 from spa_lite.records import Completion, Ids, Judgement, Pair, Prompt, Row, Sample
 from spa_lite.sample import sample
 from spa_lite.store import Run, Stage, digest, write_atomic, write_json
-from spa_lite.train import pairs_of, round_plan, seed_plan, train
+from spa_lite.train import Plan, pairs_of, round_plan, seed_plan, train
 
 Encoded = tuple[Prompt, Ids]
 
@@ -192,6 +193,7 @@ class Workshop:
             with Lines(folder / "metrics.jsonl") as log:
                 plan = round_plan(self.recipe, len(pairs))
                 loss = round_objective(self.recipe, i, plan.steps)
+                self._say_if_late(plan, i)
                 summary = train(backend, pairs, loss, plan, self.recipe, log, self.report, f"round {i} train", i)
             backend.save(folder / "adapter")
             return summary
@@ -222,6 +224,16 @@ class Workshop:
             ),
         }
         self._once(folder, "measure", ("answers.jsonl",), inputs, work)
+
+    def _say_if_late(self, plan: Plan, i: int) -> None:
+        """Say once that refinement starts later than its warm-up, because the window is not full by then."""
+        r = self.recipe.refine
+        first = math.ceil(r.window / plan.batch_size)
+        if i > 1 or not r.alpha or r.before_full == "zero" or first <= r.warmup * plan.steps:
+            return
+        when = f"from step {first + 1} of {plan.steps}" if first < plan.steps else "never: the round is too small"
+        note = f"refinement needs {r.window} margins to set its threshold, so pairs are flagged {when} (refine.window)"
+        self.report(Event(f"round {i} train", note=note))
 
     # -- measures ----------------------------------------------------------------------------------------------
 

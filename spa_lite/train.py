@@ -107,8 +107,8 @@ def train(
             )
             if streak == PATIENCE:
                 raise TrainingDiverged(
-                    f"{stage}: loss or gradient was not finite {PATIENCE} steps in a row (step {step} of {plan.steps}); lower "
-                    "the learning rate or check the data; finished stages are kept"
+                    f"{stage}: loss or gradient was not finite {PATIENCE} steps in a row (step {step} of "
+                    f"{plan.steps}); lower the learning rate or check the data; finished stages are kept"
                 )
     return summarise(lines, skipped)
 

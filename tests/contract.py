@@ -533,7 +533,7 @@ class Contract:
         backend = subject.fresh()
         assert isinstance(backend, Backend)
         assert {"device", "dtype", "bits", "parameters", "adapter_parameters"} <= backend.description.keys()
-        assert 0 < backend.description["adapter_parameters"]
+        assert backend.description["adapter_parameters"] > 0
         assert backend.fingerprint == subject.another().fingerprint
         assert backend.context > 0
         assert backend.can_train
