@@ -139,9 +139,7 @@ class TorchBackend:
         """Yield (index of row, one Score per response), rows of like length first scored together."""
         self._adapter(role)
         check_rows(rows, self.context)
-        order = sorted(range(len(rows)), key=lambda index: longest(rows[index]))
-        for start in range(0, len(order), self.settings.batching.score):
-            batch = order[start : start + self.settings.batching.score]
+        for batch in _batches(rows, self.settings.batching.score):
             self._enter(role)
             scores = self._score([rows[index] for index in batch], per_token)
             yield from zip(batch, scores, strict=True)
@@ -195,3 +193,18 @@ class TorchBackend:
         if Training.saved_in(folder):
             self._training = Training.restore(folder, self.adapters.tensors(name))
             self.adapters.train_only(name)
+
+
+def _batches(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
+    """Indices of rows of like length, as many together as hold `size` pairs of responses (one row at least)."""
+    batch: list[int] = []
+    responses = 0
+    for index in sorted(range(len(rows)), key=lambda index: longest(rows[index])):
+        more = len(rows[index].responses)
+        if batch and responses + more > 2 * size:
+            yield batch
+            batch, responses = [], 0
+        batch.append(index)
+        responses += more
+    if batch:
+        yield batch

@@ -9,18 +9,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import msgspec
 import typer
 
-from spa_lite.backend import INIT, POLICY, Backend
 from spa_lite.cli.main import app
 from spa_lite.cli.options import command, resolve
 from spa_lite.cli.run import default_scale
 from spa_lite.errors import DataError, ModelError, RecipeError
 from spa_lite.recipe import Recipe
-from spa_lite.records import Judgement, Sample
+
+if TYPE_CHECKING:
+    from spa_lite.backend import Backend
+    from spa_lite.records import Sample
 
 Config = Annotated[Path | None, typer.Option("-c", "--config", help="YAML file of settings; the command line wins.")]
 Named = Annotated[str | None, typer.Option(help="Recipe: spa, spa-official, or a YAML file. [spa]")]
@@ -87,6 +89,7 @@ def judge(
 
     The policy is --adapter-path, else the newest run's adapter, else the built-in model's seed adapter.
     """
+    from spa_lite.backend import INIT, POLICY
     from spa_lite.cli import render
     from spa_lite.cli.models import models_of
     from spa_lite.evaluate import gold_of
@@ -160,9 +163,10 @@ def train(
     """Train an adapter: refined DPO on judgements from --adapter-path, or the seed stage's DPO on human pairs."""
     from spa_lite import data, encode, objective
     from spa_lite import train as loop
-    from spa_lite.backend import Lora
+    from spa_lite.backend import POLICY, Lora
     from spa_lite.cli import render
     from spa_lite.cli.models import load
+    from spa_lite.records import Judgement
     from spa_lite.stages import Lines, lora_shape, round_objective
 
     r, _ = resolve(given, set_ or [], config, recipe, scale, default_scale)
@@ -205,6 +209,8 @@ def _limits(r: Recipe, backend: Backend) -> dict[str, Any]:
 
 
 def _bind(backend: Backend, r: Recipe) -> None:
+    from spa_lite.backend import INIT, POLICY
+
     backend.bind(INIT, Path(r.inputs.init_adapter) if r.inputs.init_adapter else None)
     start = r.inputs.adapter_path or r.inputs.init_adapter
     backend.bind(POLICY, Path(start) if start else None)
@@ -245,6 +251,7 @@ def _with_policy(given: dict[str, Any]) -> dict[str, Any]:
 def read_samples(path: Path) -> Iterator[Sample]:
     """Samples of a file."""
     from spa_lite import data
+    from spa_lite.records import Sample
 
     return data.iter_jsonl(path, Sample)
 

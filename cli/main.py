@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.metadata import version
 from typing import Annotated
 
-import click
 import typer
 
 from spa_lite.errors import RecipeError, SpaError
@@ -23,6 +21,8 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+
         print(f"spa-lite {version('spa-lite')}")
         raise typer.Exit
 
@@ -49,10 +49,10 @@ def main() -> None:
             raise
         fail(str(error))
         sys.exit(2 if isinstance(error, RecipeError) else 1)
-    except click.ClickException as error:
-        error.show()
+    except typer.TyperException as error:
+        fail(f"{error.format_message()} (spa-lite --help, or COMMAND --help, lists what there is)")
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         note("interrupted; finished stages are kept: run the same command again to go on")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away: nothing to explain

@@ -52,7 +52,7 @@ def run(
     from spa_lite import prepare
     from spa_lite.cli import render
     from spa_lite.cli.models import models_of
-    from spa_lite.spa import spa
+    from spa_lite.spa import align
     from spa_lite.store import Run, digest, write_json
 
     raw = prepare.read(resolved)
@@ -75,7 +75,7 @@ def run(
         write_recipe(folder, resolved)
     render.note(f"run folder: {folder}")
     with render.progress() as report:
-        summary = spa(models, resolved, data, place, report)
+        summary = align(models, resolved, data, place, report)
     write_recipe(folder, resolved)  # once more: settings that no finished stage depends on may have changed
     seconds = {row["stage"]: place.seconds(row["folder"]) for row in summary["rows"]}
     write_json(folder / "timings.json", seconds)

@@ -21,7 +21,7 @@ from spa_lite.stages import Data, Models, Workshop, summarise_run
 from spa_lite.store import Run
 
 
-def spa(models: Models, recipe: Recipe, data: Data, run: Run, report: Report = silent) -> dict[str, Any]:
+def align(models: Models, recipe: Recipe, data: Data, run: Run, report: Report = silent) -> dict[str, Any]:
     """Align a model. Returns the summary (a row per stage); the adapter of each round lies in the run folder."""
     shop = Workshop(models, recipe, data, run, report)
     shop.measure("init", policy=None)

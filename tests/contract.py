@@ -332,7 +332,9 @@ class Contract:
     @pytest.mark.parametrize("extrapolation", [0.25, 2.0])
     def test_extrapolated_logprobs_are_those_of_the_mixed_logits(self, subject: Subject, extrapolation: float) -> None:
         backend = subject.moved()
-        row = pairs(backend)[2]
+        talk = conversation("a heron")
+        answers = tuple(backend.tokenizer.encode_answer(talk, text) for text in ("no", "two"))
+        row = Row(prompt=backend.tokenizer.encode_prompt(talk), responses=answers)
         objective = Mixed(extrapolation)
         expected = []
         for response in row.responses:

@@ -14,7 +14,7 @@ from spa_lite import backends, prepare
 from spa_lite.backend import Backend
 from spa_lite.events import Report, silent
 from spa_lite.recipe import Recipe, build, load_layer
-from spa_lite.spa import spa
+from spa_lite.spa import align
 from spa_lite.stages import Data, Models
 from spa_lite.store import Run
 
@@ -78,7 +78,7 @@ def run_small(
     """Run the method into a folder."""
     models, data = start(recipe, wrap)
     run = Run(folder)
-    return spa(models, recipe, data, run, report), run
+    return align(models, recipe, data, run, report), run
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -49,6 +49,9 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             "toy", "toy", lambda: "toy:7", 261, rate=0.05, base_bytes=lambda it: it.base.tobytes(), tolerance=1e-9
         )
         return
+    import torch
+
+    torch.set_num_threads(1)  # for matrices this small a second thread only waits
     folder = tmp_path_factory.mktemp(model)
 
     def tiny() -> str:

@@ -133,10 +133,10 @@ def test_no_seed_pairs_with_another_model_as_init(tmp_path: Path, files: dict[st
     models, data = start(recipe)
     other = small_recipe(only_prompts, {"inputs.model": "toy:7"})
     models._load_reference = lambda: load(other)
-    from spa_lite.spa import spa
+    from spa_lite.spa import align
     from spa_lite.store import Run
 
-    spa(models, recipe, data, Run(tmp_path / "run"))
+    align(models, recipe, data, Run(tmp_path / "run"))
     backend = load(other)
     j = read_judgements(tmp_path / "run/rounds/1/judgements.jsonl")[0]
     ((_, scores),) = backend.logprob([j.row], INIT)
