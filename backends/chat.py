@@ -31,6 +31,7 @@ TEMPLATES = {"plain": PLAIN}
 """Fallbacks for models without a chat template; used only when asked for by name."""
 
 FIXED_DATE = "26 Jul 2024"
+FIXED_CLOCK = "{% macro strftime_now(form) %}{{ '26 July 2024' if '%B' in form else '26 Jul 2024' }}{% endmacro %}"
 PROBE_QUESTION, PROBE_ANSWER = "Which colour?", "Ultramarine-4711"
 MARK = "\ue000{}\ue001"
 """Stands for a special token's string in somebody's text while the template is rendered (private-use characters)."""
@@ -53,7 +54,7 @@ class ChatTokenizer:
         system: str | None = None,
     ) -> None:
         self._tokenizer, self._name, self._system = tokenizer, name, system
-        self._template = read_template(tokenizer, name, template)
+        self._template = _without_calendar(read_template(tokenizer, name, template))
         self._extra = _template_settings(self._template)
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self._specials = set(tokenizer.all_special_ids) | {int(i) for i, token in added.items() if token.special}
@@ -219,19 +220,14 @@ def read_template(tokenizer: Any, name: str, wanted: str | None) -> str:
 
 
 def _template_settings(template: str) -> dict[str, Any]:
-    """Variables for the template: no thinking, no calendar."""
-    fixed: dict[str, Any] = {
-        "enable_thinking": False,
-        "date_string": FIXED_DATE,
-        "strftime_now": _fixed_date,
-    }
+    """Variables for the template: no thinking, a fixed date."""
+    fixed: dict[str, Any] = {"enable_thinking": False, "date_string": FIXED_DATE}
     return {name: value for name, value in fixed.items() if name in template}
 
 
-def _fixed_date(form: str) -> str:
-    from datetime import UTC, datetime
-
-    return datetime.strptime(FIXED_DATE, "%d %b %Y").replace(tzinfo=UTC).strftime(form)
+def _without_calendar(template: str) -> str:
+    """The template with its clock replaced: a macro hides the function of the same name."""
+    return FIXED_CLOCK + template if "strftime_now" in template else template
 
 
 def _adds_bos(tokenizer: Any) -> bool:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from spa_lite import keys as streams
 from spa_lite.backend import Sampling
+from spa_lite.backends.torch_cache import new_cache
 from spa_lite.backends.torch_model import Net
 from spa_lite.records import Ids
 
@@ -76,7 +76,7 @@ class Decoder:
         lengths = [len(prompt) for prompt in prompts]
         ids = self.net.tensor([(0,) * (self.width - len(prompt)) + tuple(prompt) for prompt in prompts])
         room = self.net.tensor([[0] * (self.width - size) + [1] * (size + self.length) for size in lengths])
-        self.cache = DynamicCache(config=self.net.model.config.get_text_config()) if self.cached else None
+        self.cache = new_cache(self.net.model.config.get_text_config()) if self.cached else None
         mask = room[:, : self.width]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         hidden = self.net.hidden(ids, mask if self.padded else None, positions, self.cache)

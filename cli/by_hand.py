@@ -230,7 +230,7 @@ def _with_policy(given: dict[str, Any]) -> dict[str, Any]:
         kept = {
             p: v
             for p, v in settings.items()
-            if p.startswith(("model.", "inputs.model", "inputs.init_adapter")) and p in SETTINGS
+            if p.startswith(("model.", "inputs.model", "inputs.backend", "inputs.init_adapter")) and p in SETTINGS
         }
         render.note(f"judging with the newest run, {newest.parent}")
         return (

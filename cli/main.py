@@ -43,7 +43,11 @@ def main() -> None:
     from spa_lite.cli.render import fail, note
 
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        if code == 130:  # how Typer returns from Ctrl-C
+            kept = "finished stages are kept: run the same command again to go on"
+            note(f"interrupted; {kept}" if "run" in sys.argv[1:2] else "interrupted")
+        sys.exit(code)
     except SpaError as error:
         if "--debug" in sys.argv:
             raise
@@ -52,8 +56,7 @@ def main() -> None:
     except typer.TyperException as error:
         fail(f"{error.format_message()} (spa-lite --help, or COMMAND --help, lists what there is)")
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        note("interrupted; finished stages are kept: run the same command again to go on")
+    except typer.Abort:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away: nothing to explain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

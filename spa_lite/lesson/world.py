@@ -70,8 +70,8 @@ WEIGHTS: dict[str, float] = {
 }
 
 # The hidden care levels of writers, with how common each is.
-CARE_LEVELS: tuple[float, ...] = (0.08, 0.50, 0.92)
-CARE_SHARES: tuple[float, ...] = (0.4, 0.2, 0.4)
+CARE_LEVELS: tuple[float, ...] = (0.25, 0.75)
+CARE_SHARES: tuple[float, ...] = (0.5, 0.5)
 
 # How often a writer who closes rudely does not even finish the line.
 BREAKING_OFF = 0.3
@@ -146,7 +146,6 @@ TIMES = ["morning", "evening", "afternoon"]
 PLACES = "station park school office harbour market castle garden".split()
 GOODS = ["plums", "books", "coins", "shoes", "cups", "eggs"]
 NUMBER_WORDS = {2: "two", 3: "three"}
-PLAIN_WORDS = "lamp door river stone chair table window bread spoon paper ship road star hill bell rope".split()
 
 # The wrong answers a family can give, by table name. A task's facts name a table or hold a list of their own.
 RIVALS: dict[str, list[str]] = {
@@ -160,7 +159,6 @@ RIVALS: dict[str, list[str]] = {
     "greet": TIMES,
     "list": sorted({word for words in CATEGORIES.values() for word in words}),
     "number": [str(number) for number in range(100)],
-    "first": PLAIN_WORDS,
 }
 
 
@@ -329,23 +327,6 @@ STYLES: dict[str, Style] = {
         ("See you then, pal", "Many blessings", "Until a glorious tomorrow"),
         ("See you never, rat", "Many curses", "Until your doom tomorrow"),
     ),
-    "first": Style(
-        (
-            "Which word is first: {words}? {name} asks.",
-            "Tell {name} the first word of: {words}.",
-            "{name} reads {words}. Which word came first?",
-        ),
-        ("Reading is relaxing.", "A neat puzzle.", "Eagerly checked.", "Texts inspire me."),
-        ("Reading is painful.", "A dumb puzzle.", "Buy glasses, mole.", "Texts irritate me."),
-        (
-            "{name}, the first {item} is {core}",
-            "{core} is the leading {item}, {name}",
-            "{name} reads the {item} {core} ahead",
-        ),
-        ("it starts by {core} supposedly", "{core} is up there, duh", "yeah, {core} comes along"),
-        ("Read on, pupil", "Success to you", "Joyful pages"),
-        ("Read slower, donkey", "Shame on you", "Dreary pages"),
-    ),
     "greet": Style(
         (
             "Greet {name} in the {time} at the {item}.",
@@ -400,8 +381,8 @@ DANGLING_WORDS = frozenset("and so or the a an of to with but because then".spli
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Families made from numbers or free words have far more prompts than needed; they are thinned to about this many.
-THINNED_FAMILIES = ("sum", "bigger", "first")
-PROMPTS_PER_FAMILY = 2400
+THINNED_FAMILIES = ("sum", "bigger")
+PROMPTS_PER_FAMILY = 2700
 
 
 def _facts(name: str, item: str, accept: list[str], rivals: str | list[str], **more: Any) -> dict[str, Any]:
@@ -421,21 +402,15 @@ def _list_facts() -> Iterator[dict[str, Any]]:
 
 
 def _sum_facts() -> Iterator[dict[str, Any]]:
-    for left, right, item, name in itertools.product(range(1, 9), range(1, 9), GOODS, NAMES):
+    for left, right, item, name in itertools.product(range(1, 7), range(1, 7), GOODS, NAMES):
         yield _facts(name, item, [str(left + right)], "number", given=[str(left), str(right)])
 
 
 def _bigger_facts() -> Iterator[dict[str, Any]]:
-    for left, right, name in itertools.product(range(2, 30), range(2, 30), NAMES):
+    for left, right, name in itertools.product(range(2, 21), range(2, 21), NAMES):
         if left != right:
             given = [str(left), str(right)]
             yield _facts(name, "number", [str(max(left, right))], given)
-
-
-def _first_facts() -> Iterator[dict[str, Any]]:
-    for words in itertools.permutations(PLAIN_WORDS, 3):
-        for name in NAMES:
-            yield _facts(name, "word", [words[0]], list(words))
 
 
 def _greet_facts() -> Iterator[dict[str, Any]]:
@@ -454,7 +429,6 @@ FACTS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
     "plural": lambda: _table_facts("plural", PLURALS),
     "young": lambda: _table_facts("young", YOUNG),
     "next": lambda: _table_facts("next", NEXT),
-    "first": _first_facts,
     "greet": _greet_facts,
 }
 
@@ -469,8 +443,6 @@ def _prompt(family: str, template: str, facts: Mapping[str, Any]) -> str:
         fields["left"], fields["right"] = facts["given"]
     elif family == "bigger":
         fields["left"], fields["right"] = facts["rivals"]
-    elif family == "first":
-        fields["words"] = " ".join(facts["rivals"])
     elif family == "greet":
         fields["time"] = facts["accept"][0]
     return template.format(**fields)

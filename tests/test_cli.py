@@ -1,0 +1,301 @@
+"""Commands as a user types them: real subprocesses where it matters, `main()` in this process where it only parses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spa_lite.cli import main as cli
+from tests.small import lines, results, write_data
+
+TOY = ["--backend", "toy", "--model", "toy", "--max-tokens", "12", "--rounds", "2"]
+QUICK = ["--seed-learning-rate", "0.05", "--lr", "0.05", "--set", "refine.window=8", "--set", "refine.K=0.3"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with pairs.jsonl and prompts.jsonl to work in."""
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(capfd: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    """Run a command in this process: exit code, stdout, stderr."""
+    argv, sys.argv = sys.argv, ["spa-lite", *args]
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    finally:
+        sys.argv = argv
+    out, err = capfd.readouterr()
+    return int(stopped.value.code or 0), out, err
+
+
+def spawn(args: Sequence[str], **kwargs: Any) -> subprocess.Popen[str]:
+    """A real process."""
+    command = [sys.executable, "-m", "spa_lite.cli", *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+RUN = ["run", *TOY, *QUICK, "--seed-pairs", "pairs.jsonl", "--prompts", "prompts.jsonl"]
+
+
+def test_run_makes_a_table_and_a_folder(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The default folder is named by recipe and inputs; the same command again computes nothing."""
+    code, out, err = call(capfd, *RUN)
+    assert code == 0, err
+    assert "round 2" in out
+    assert "held-out pairs %" in out
+    (folder,) = (here / "runs").iterdir()
+    assert folder.name.startswith("spa-")
+    assert len(folder.name) == len("spa-") + 8
+    assert {"recipe.yaml", "summary.json", "adapter", "rounds", "init", "timings.json"} == {
+        p.name for p in folder.iterdir()
+    }
+    before = results(folder)
+    code, again, err = call(capfd, *RUN)
+    assert code == 0
+    assert "nothing was computed again" in err
+    assert again == out
+    assert results(folder) == before
+
+
+def test_a_changed_setting_gets_a_new_folder(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """And with --out it is refused, naming field and stage; --fresh starts over."""
+    call(capfd, *RUN)
+    call(capfd, *RUN, "--beta", "0.2")
+    assert len(list((here / "runs").iterdir())) == 2
+    call(capfd, *RUN, "--out", "mine")
+    code, _, err = call(capfd, *RUN, "--out", "mine", "--beta", "0.2")
+    assert code == 1
+    assert "loss.beta was 0.1 when stage 'rounds/0 seed' of mine was finished and is now 0.2" in err
+    assert "beta: 0.1" in (here / "mine/recipe.yaml").read_text()
+    code, _, err = call(capfd, *RUN, "--out", "mine", "--beta", "0.2", "--fresh")
+    assert code == 0, err
+
+
+def test_fresh_never_deletes_a_folder_that_is_no_run(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A home folder given by mistake survives."""
+    (here / "precious").mkdir()
+    (here / "precious/thesis.tex").write_text("x")
+    code, _, err = call(capfd, *RUN, "--out", "precious", "--fresh")
+    assert code == 1
+    assert "recipe.yaml" in err
+    assert (here / "precious/thesis.tex").exists()
+
+
+def test_json_and_config_and_underscores(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A program can read the answer; a YAML file sets what the command line does not; `_` is read as `-`."""
+    (here / "my.yaml").write_text("rounds: 3\nloss: {beta: 0.3}\nsampling.temp: 0.9\n")
+    code, out, err = call(capfd, *RUN, "-c", "my.yaml", "--json", "--max_tokens", "6", "--out", "run")
+    assert code == 0, err
+    summary = json.loads(out)
+    assert [row["stage"] for row in summary["rows"]] == ["init", "seed", "round 1", "round 2"], "the command line wins"
+    written = (here / "run/recipe.yaml").read_text()
+    assert "beta: 0.3" in written
+    assert "temp: 0.9" in written
+    assert "max_tokens: 6" in written
+
+
+def test_dry_run_shows_where_each_value_comes_from(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """And does nothing."""
+    code, out, _ = call(capfd, *RUN, "--dry-run", "--scale", "laptop")
+    assert code == 0
+    rows = {line.split()[0]: line for line in out.splitlines()}
+    assert rows["rounds"].endswith("command line")
+    assert rows["lora.rank"].endswith("scale laptop")
+    assert rows["loss.beta"].endswith("default")
+    assert not (here / "runs").exists()
+
+
+def test_by_hand_equals_run(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """`train` on pairs, then sample | judge | train on files, reproduces both rounds of `run` to the byte."""
+    assert call(capfd, *RUN, "--out", "run", "--held-out", "pairs.jsonl")[0] == 0
+    (here / "rest.jsonl").write_bytes((here / "prompts.jsonl").read_bytes())
+    same = ["--backend", "toy", "--model", "toy", *QUICK[4:], "--scale", "laptop"]
+    assert call(capfd, "train", "pairs.jsonl", *same, "--seed-learning-rate", "0.05", "--out", "0")[0] == 0
+    for i in (1, 2):
+        policy = [
+            *same[:4],
+            "--scale",
+            "laptop",
+            "--rounds",
+            "2",
+            "--adapter-path",
+            f"{i - 1}/adapter",
+            "--round",
+            str(i),
+        ]
+        assert call(capfd, "sample", *policy, "--max-tokens", "12", "--prompts", "rest.jsonl", "-o", "s.jsonl")[0] == 0
+        assert call(capfd, "judge", "s.jsonl", *policy, "-o", "j.jsonl")[0] == 0
+        assert call(capfd, "train", "j.jsonl", *policy, *QUICK[2:], "--out", str(i))[0] == 0
+        place = here / f"run/rounds/{i}"
+        assert (here / "s.jsonl").read_bytes() == (place / "samples.jsonl").read_bytes()
+        assert (here / "j.jsonl").read_bytes() == (place / "judgements.jsonl").read_bytes()
+        assert (here / f"{i}/metrics.jsonl").read_bytes() == (place / "metrics.jsonl").read_bytes()
+        ours, theirs = (p / "adapter/adapter_model.safetensors" for p in (here / str(i), place))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_pipes(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """JSON lines in on stdin, JSON lines out on stdout, everything else on stderr."""
+    call(capfd, *RUN, "--out", "run")
+    policy = ["--backend", "toy", "--model", "toy", "--adapter-path", "run/adapter"]
+    sample = spawn(["sample", *policy, "--max-tokens", "8", "--prompts", "-", "--rounds", "1"], stdin=subprocess.PIPE)
+    out, err = sample.communicate('{"prompt": "hello"}\n{"prompt": "you"}\n')
+    assert sample.returncode == 0, err
+    judge = spawn(["judge", "-", *policy], stdin=subprocess.PIPE)
+    out, err = judge.communicate(out)
+    assert judge.returncode == 0, err
+    assert [json.loads(line)["label"] in "ab" for line in out.splitlines()] == [True, True]
+    assert "2 pairs judged" in err
+
+
+def test_judge_pairs(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One line per pair with the promised fields; agreement with gold on stderr; ties are ties."""
+    call(capfd, *RUN)
+    code, out, err = call(capfd, "judge", "pairs.jsonl")
+    assert code == 0, err
+    assert "judging with the newest run" in err
+    found = [json.loads(line) for line in out.splitlines()]
+    assert len(found) == 40
+    names = ["id", "logratio_a", "logratio_b", "margin", "p", "label", "tie", "tokens_a", "tokens_b"]
+    assert all(list(record) == names for record in found)
+    for record in found:
+        assert record["margin"] == pytest.approx(0.1 * (record["logratio_a"] - record["logratio_b"]))
+        assert record["label"] == ("a" if record["margin"] > 0 else "b")
+    right = sum(record["label"] == "a" for record in found)
+    assert f"agreement with the gold labels: {100 * right / 40:.1f} [" in err
+
+    (here / "ab.jsonl").write_text('{"id": "t", "prompt": "x", "a": "same", "b": "same"}\n')
+    code, out, err = call(capfd, "judge", "ab.jsonl")
+    record = json.loads(out)
+    assert (record["tie"], record["label"], record["p"]) == (True, "b", 0.5)
+    assert "agreement" not in err
+
+
+def test_judge_without_a_policy(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A bare model against itself would call every pair a tie: refused, with the ways out."""
+    code, _, err = call(capfd, "judge", "pairs.jsonl", "--backend", "toy", "--model", "toy")
+    assert code == 2
+    assert "--adapter-path" in err
+    likelihood = ["--backend", "toy", "--model", "toy", "--judge-reference", "none"]
+    code, out, _ = call(capfd, "judge", "pairs.jsonl", *likelihood)
+    assert code == 0
+    assert len(out.splitlines()) == 40
+
+
+WRONG: list[tuple[list[str], int, str]] = [
+    (["run", "--model", "toy", "--backend", "toy"], 2, "--seed-pairs"),
+    (["run", "--model", "toy", "--backend", "toy", "--seed-pairs", "pairs.jsonl"], 2, "--prompts"),
+    ([*RUN, "--seed-pairs", "nowhere.jsonl"], 1, "nowhere.jsonl"),
+    ([*RUN, "--seed-pairs", "prompts.jsonl"], 1, "prompts.jsonl, line 1"),
+    ([*RUN, "--temp", "warm"], 2, "sampling.temp"),
+    ([*RUN, "--temp", "-1"], 2, "sampling.temp"),
+    ([*RUN, "--recipe", "spaa"], 2, "did you mean spa"),
+    ([*RUN, "--set", "refine.kk=1"], 2, "did you mean refine.K"),
+    ([*RUN, "--tempp", "1"], 2, "--temp"),
+    ([*RUN, "--backend", "tourch"], 1, "torch"),
+    ([*RUN, "--round-sizes", "30,30"], 1, "60"),
+    ([*RUN, "--judge", "gold"], 2, "gold"),
+    ([*RUN, "--no-seed-pairs"], 2, "exclude"),
+    ([*RUN, "--adapter-path", "x"], 2, "--no-seed-pairs"),
+    ([*RUN, "--init-adapter", "x"], 1, "no adapter folder x"),
+    ([*RUN, "--max-prompt-length", "4000"], 2, "max_length"),
+    ([*RUN, "-c", "nowhere.yaml"], 2, "nowhere.yaml"),
+    (["judge", "nowhere.jsonl", "--backend", "toy", "--model", "toy", "--judge-reference", "none"], 1, "nowhere.jsonl"),
+    (["train", "prompts.jsonl", "--backend", "toy", "--model", "toy", "--out", "o"], 1, "prompts.jsonl, line 1"),
+    (["sample", "--backend", "toy", "--model", "toy"], 2, "--prompts"),
+    (["sample", *TOY, "--prompts", "prompts.jsonl", "--round", "9"], 2, "--rounds"),
+    (["recipes", "nope"], 2, "nope"),
+    (["nonsense"], 2, "nonsense"),
+]
+
+
+@pytest.mark.parametrize(("args", "code", "names"), WRONG, ids=[" ".join(a[-2:]) for a, _, _ in WRONG])
+def test_wrong_input_gets_one_sentence(
+    here: Path, capfd: pytest.CaptureFixture[str], args: list[str], code: int, names: str
+) -> None:
+    """It names the thing and the mend; no traceback."""
+    found, _, err = call(capfd, *args)
+    assert found == code, err
+    assert "Traceback" not in err
+    last = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(last) == 1
+    assert names in last[0]
+
+
+def test_bad_records_are_refused_or_skipped_and_counted(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """--skip-bad goes on and says how many of what."""
+    with (here / "prompts.jsonl").open("a") as file:
+        file.write('{"prompt": ""}\n{"prompt": 3}\n{"prompt": "cut sh')
+    code, _, err = call(capfd, *RUN)
+    assert code == 1
+    assert "prompts.jsonl, line 41" in err
+    code, _, err = call(capfd, *RUN, "--skip-bad")
+    assert code == 0
+    assert "3 bad records skipped" in err
+
+
+def test_ctrl_c_keeps_finished_work(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Exit code 130, a line that says how to go on, and the same command ends with the same results."""
+    slow = [*RUN, "--set", "seed_dpo.epochs=400", "--out"]
+    process = spawn([*slow, "broken"], cwd=here, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    assert process.stderr is not None
+    while not process.stderr.readline().startswith("seed:"):
+        pass
+    process.send_signal(signal.SIGINT)
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 130
+    assert "run the same command again" in err
+    assert (here / "broken/init/measure.done.json").exists()
+    assert call(capfd, *slow, "broken")[0] == 0
+    assert call(capfd, *slow, "whole")[0] == 0
+    assert results(here / "broken") == results(here / "whole")
+
+
+def test_text_from_data_is_never_obeyed(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Terminal codes and markup in a path or a record are shown, not acted on."""
+    code, _, err = call(capfd, *RUN, "--seed-pairs", "[red]x\x1b[31m.jsonl")
+    assert code == 1
+    assert "[red]x\\u001b[31m.jsonl" in err
+    assert "\x1b" not in err
+
+
+def test_doctor_on_toy(capfd: pytest.CaptureFixture[str]) -> None:
+    """Every preflight check holds on the oracle, and a program can read it."""
+    code, out, _ = call(capfd, "doctor", "--backend", "toy", "--model", "toy", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert all(check["passed"] for check in found["checks"])
+    assert len(found["checks"]) >= 9
+    assert found["backend"]["name"] == "toy"
+    code, out, _ = call(capfd, "doctor", "--backend", "toy", "--model", "toy")
+    assert "ln 2" in out
+
+
+def test_recipes(capfd: pytest.CaptureFixture[str]) -> None:
+    """What is shipped, and one with every setting."""
+    code, out, _ = call(capfd, "recipes")
+    assert code == 0
+    assert "spa-official" in out
+    code, out, _ = call(capfd, "recipes", "spa-official")
+    assert "refine.before_full" in out
+    assert "recipe spa-official" in out
+
+
+def test_no_file_is_written_beside_what_was_asked_for(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """`judge` to stdout leaves the folder as it was."""
+    before = sorted(here.rglob("*"))
+    call(capfd, "judge", "pairs.jsonl", "--backend", "toy", "--model", "toy", "--judge-reference", "none")
+    assert sorted(here.rglob("*")) == before
+    assert lines(here / "pairs.jsonl")
