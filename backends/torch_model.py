@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from spa_lite.backend import ModelSettings
 from spa_lite.backends.torch_quiet import quiet
-from spa_lite.errors import BackendError, BackendMissing, ModelError
+from spa_lite.errors import BackendError, BackendMissing, ModelError, SpaError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WHOLE = 64 * 2**20
@@ -101,7 +101,9 @@ def _fetch(name: str, what: str, read: Callable[[], Any]) -> Any:
     """Run one `from_pretrained`; whatever it raises becomes one sentence."""
     try:
         return read()
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, TypeError) as error:
+    except SpaError:
+        raise
+    except Exception as error:  # damaged files make every library underneath raise its own kind
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:240]
         if "trust_remote_code" in str(error):
             raise ModelError(f"{name} brings its own code: add --trust-remote-code if you trust it") from error

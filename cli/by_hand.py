@@ -93,8 +93,9 @@ def judge(
     from spa_lite.cli import render
     from spa_lite.cli.models import models_of
     from spa_lite.evaluate import gold_of
-    from spa_lite.judge import Scorer, no_reference, reference_role, scorer
+    from spa_lite.events import Event
     from spa_lite.judge import judge as judge_step
+    from spa_lite.judge import judge_all, no_reference
     from spa_lite.lesson.source import rule
 
     r, _ = resolve(_with_policy(given), set_ or [], config, recipe, scale, default_scale)
@@ -107,28 +108,32 @@ def judge(
             read_samples(path) if is_samples else read_pairs(path, models.backend, r, gold, counted)
         )
         _bind(models.backend, r)
-        role = reference_role(r, 1)
-        reference: Scorer = no_reference if role is None else scorer(models.backend, INIT)
-        if r.judge.by == "implicit" and role and not (r.inputs.adapter_path or models.has_other_reference):
+        if (
+            r.judge.by == "implicit"
+            and r.judge.reference != "none"
+            and not (r.inputs.adapter_path or models.has_other_reference)
+        ):
             raise RecipeError(
                 "the judge's policy equals its reference; give --adapter-path, --init-model or --judge-reference none"
             )
-        agree = total = done = 0
+        policy, judged = models.scorer(POLICY), judge_step
+        if r.judge.reference == "none":
+            reference = no_reference
+        elif models.has_other_reference:  # two whole models are never in memory together: one pass each
+            reference, samples, judged = models.other_scorer(), list(samples), judge_all
+        else:
+            reference = models.scorer(INIT)
+        agree = labelled = done = 0
+        expected = count_lines(path)
         with render.progress() as report, writer(output) as write:
-            for judgement in judge_step(samples, scorer(models.backend, POLICY), reference, r, round_, gold_of(rule)):
+            for judgement in judged(samples, policy, reference, r, round_, gold_of(rule)):
                 done += 1
                 write(judgement if full or is_samples else {name: getattr(judgement, name) for name in SLIM})
                 if judgement.id in gold:
-                    total += 1
+                    labelled += 1
                     agree += gold.pop(judgement.id) == judgement.label
-                report(_event(done))
-    _say_agreement(agree, total, done, counted)
-
-
-def _event(done: int) -> Any:
-    from spa_lite.events import Event
-
-    return Event("judge", done, 0, "pairs")
+                report(Event("judge", done, max(done, expected), "pairs"))
+    _say_agreement(agree, labelled, done, counted)
 
 
 def _say_agreement(agree: int, total: int, done: int, counted: dict[str, int]) -> None:
@@ -304,6 +309,14 @@ def holds(path: Path, field: str) -> bool:
         return field in msgspec.json.decode(first, type=dict[str, msgspec.Raw])
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return False  # whoever reads the file next says what is wrong with it
+
+
+def count_lines(path: Path) -> int:
+    """Lines of a text file, for the time left; 0 where that says nothing (compressed or binary files)."""
+    if path.suffix != ".jsonl":
+        return 0
+    with path.open("rb") as file:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
 
 
 def holds_samples(path: Path) -> bool:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from spa_lite import backends
 from spa_lite.backend import Backend
+from spa_lite.models import Models
 from spa_lite.prepare import model_settings
 from spa_lite.recipe import Recipe
-from spa_lite.stages import Models
 
 
 def load(recipe: Recipe, model: str | None = None) -> Backend:

@@ -144,8 +144,8 @@ def _cell(row: Mapping[str, Any], column: str, seconds: Mapping[str, Mapping[str
         return percent(row.get("win_rate"))
     if column == "labels right %":
         return percent((row.get("label_accuracy") or {}).get("score"))
-    if column == "held-out pairs %":
-        return percent(row.get("pair_accuracy"))
+    if column == "held-out pairs %":  # pi_init against itself prefers neither answer of any pair
+        return "50.0 (by definition)" if row["stage"] == "init" else percent(row.get("pair_accuracy"))
     if column == "length":
         return number(row.get("length") or judged.get("mean_tokens"), 1)
     if column == "flagged %":

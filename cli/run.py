@@ -53,6 +53,7 @@ def run(
     from spa_lite.cli import render
     from spa_lite.cli.models import models_of
     from spa_lite.spa import align
+    from spa_lite.stages import folder_digest
     from spa_lite.store import Run, digest, write_json
 
     raw = prepare.read(resolved)
@@ -66,7 +67,7 @@ def run(
     for line in data.notes:
         render.note(line)
     settings = {path: resolved.get(path) for path in sources if path.partition(".")[0] not in {"inputs", "batching"}}
-    identity = digest([settings, models.backend.fingerprint, data_digest(data), models.identity()])
+    identity = digest([settings, models.backend.fingerprint, data_digest(data), [folder_digest(models.init_adapter), folder_digest(models.policy_adapter)]])
     folder = out or Path("runs") / f"{resolved.name}-{identity[:8]}"
     if fresh and folder.exists():
         _clear(folder)

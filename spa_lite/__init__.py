@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spa_lite.backend import ModelSettings
     from spa_lite.errors import SpaError
+    from spa_lite.models import Models
     from spa_lite.recipe import Recipe, build
     from spa_lite.spa import align
-    from spa_lite.stages import Data, Models
+    from spa_lite.stages import Data
     from spa_lite.store import Run
 
 _HOME = {
     "Data": "stages",
     "ModelSettings": "backend",
-    "Models": "stages",
+    "Models": "models",
     "Recipe": "recipe",
     "Run": "store",
     "SpaError": "errors",

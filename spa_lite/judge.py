@@ -28,12 +28,15 @@ Gold = Callable[[Sample, Completion], float | None]
 """True quality of an answer where it is known (the lesson), else None."""
 
 
-def scorer(backend: Backend, role: str) -> Scorer:
-    """Score rows under one role of a backend."""
+def scorer(backend: Backend, role: str, tick: Callable[[], None] = lambda: None) -> Scorer:
+    """Score rows under one role of a backend; `tick` is called once per row."""
 
     def score(rows: Sequence[Row]) -> list[tuple[float, ...]]:
-        found = dict(backend.logprob(rows, role))
-        return [tuple(s.logp for s in found[i]) for i in range(len(rows))]
+        found: dict[int, tuple[float, ...]] = {}
+        for index, scores in backend.logprob(rows, role):
+            found[index] = tuple(score.logp for score in scores)
+            tick()
+        return [found[index] for index in range(len(rows))]
 
     return score
 
@@ -41,6 +44,25 @@ def scorer(backend: Backend, role: str) -> Scorer:
 def no_reference(rows: Sequence[Row]) -> list[tuple[float, ...]]:
     """The reference of `judge.reference=none`: every sum is 0, so the reward is the likelihood."""
     return [(0.0,) * len(row.responses) for row in rows]
+
+
+def judge_all(
+    samples: Sequence[Sample],
+    policy: Scorer,
+    reference: Scorer,
+    recipe: Recipe,
+    round_: int = 0,
+    gold: Gold | None = None,
+) -> list[Judgement]:
+    """Judge samples: first all policy sums, then all reference sums, so that the two may be different models.
+
+    Raises RecipeError for a gold judge without a gold rule.
+    """
+    if recipe.judge.by == "gold" and gold is None:
+        raise RecipeError("judge.by=gold needs a gold rule, which only the lesson has; use another --judge")
+    rows = [Row(prompt=s.prompt_ids, responses=tuple(c.ids for c in s.completions)) for s in samples]
+    own, other = policy(rows), reference(rows)
+    return [decide(*triple, recipe, round_, gold) for triple in zip(samples, own, other, strict=True)]
 
 
 def judge(
@@ -51,14 +73,10 @@ def judge(
     round_: int = 0,
     gold: Gold | None = None,
 ) -> Iterator[Judgement]:
-    """Yield one Judgement per sample, in order. Raises RecipeError for a gold judge without a gold rule."""
-    if recipe.judge.by == "gold" and gold is None:
-        raise RecipeError("judge.by=gold needs a gold rule, which only the lesson has; use another --judge")
+    """The same in chunks: yield one Judgement per sample, in order, in bounded memory."""
     iterator = iter(samples)
     while chunk := list(islice(iterator, CHUNK)):
-        rows = [Row(prompt=s.prompt_ids, responses=tuple(c.ids for c in s.completions)) for s in chunk]
-        for sample, own, other in zip(chunk, policy(rows), reference(rows), strict=True):
-            yield decide(sample, own, other, recipe, round_, gold)
+        yield from judge_all(chunk, policy, reference, recipe, round_, gold)
 
 
 def decide(

@@ -16,8 +16,9 @@ from __future__ import annotations
 from typing import Any
 
 from spa_lite.events import Report, silent
+from spa_lite.models import Models
 from spa_lite.recipe import Recipe
-from spa_lite.stages import Data, Models, Workshop, summarise_run
+from spa_lite.stages import Data, Workshop, summarise_run
 from spa_lite.store import Run
 
 

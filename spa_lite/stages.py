@@ -6,10 +6,9 @@ came out. A policy is named by the stage that made it, so a key never depends on
 
 from __future__ import annotations
 
-import gc
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from spa_lite.backend import INIT, POLICY, Backend
 from spa_lite.errors import DataError, ModelError
 from spa_lite.evaluate import GoldRule
 from spa_lite.events import Event, Report, silent
-from spa_lite.judge import Scorer, counts, judge, no_reference, scorer
+from spa_lite.judge import Scorer, counts, judge_all, no_reference
+from spa_lite.models import Models, Tick
 from spa_lite.recipe import Recipe, for_round
 from spa_lite.records import Completion, Ids, Judgement, Pair, Prompt, Row, Sample
 from spa_lite.sample import sample
@@ -50,66 +50,6 @@ class Policy:
 
     adapter: Path | None
     key: str
-
-
-class Models:
-    """The one model in memory, and, for the no-seed study, a whole other one that takes its place while it scores."""
-
-    def __init__(
-        self,
-        load: Callable[[], Backend],
-        init_adapter: Path | None = None,
-        policy_adapter: Path | None = None,
-        load_reference: Callable[[], Backend] | None = None,
-    ) -> None:
-        self._load, self._load_reference = load, load_reference
-        self._backend: Backend | None = None
-        self.init_adapter, self.policy_adapter = init_adapter, policy_adapter
-
-    @property
-    def backend(self) -> Backend:
-        """The model, loaded on first use."""
-        if self._backend is None:
-            self._backend = self._load()
-        return self._backend
-
-    @property
-    def has_other_reference(self) -> bool:
-        """Whether pi_init is a whole other model."""
-        return self._load_reference is not None
-
-    def identity(self) -> list[str | None]:
-        """Digests of the adapters a run starts from."""
-        return [folder_digest(self.init_adapter), folder_digest(self.policy_adapter)]
-
-    def other_reference(self) -> str:
-        """Fingerprint of the other model, which is loaded alone for it."""
-        with self._alone() as other:
-            return other.fingerprint
-
-    def score_by_other_reference(self, rows: Sequence[Row]) -> list[tuple[float, ...]]:
-        """Sums under the other model, loaded alone and released. Raises ModelError if its vocabulary differs."""
-        ours = _vocabulary(self.backend)
-        with self._alone() as other:
-            if _vocabulary(other) != ours:
-                raise ModelError("--init-model reads text differently from --model; both need the same tokenizer")
-            other.bind(INIT, None)
-            return scorer(other, INIT)(rows)
-
-    @contextmanager
-    def _alone(self) -> Iterator[Backend]:
-        assert self._load_reference is not None
-        self._backend = None
-        gc.collect()
-        other = self._load_reference()
-        yield other
-        del other
-        gc.collect()
-
-
-def _vocabulary(backend: Backend) -> tuple[Ids, Any]:
-    probe = "The quick brown fox, 1234567890; naïve 東京 🙂"
-    return backend.tokenizer.encode_answer((), probe), backend.description.get("vocabulary")
 
 
 class Workshop:
@@ -164,14 +104,21 @@ class Workshop:
 
     def judge(self, i: int, samples: Stage, policy: Policy, lagged: Policy | None) -> Stage:
         """Label the answers by the implicit reward of pi_{i-1} against pi_init (or what judge.reference says)."""
-        reference, reference_key = self._judge_reference(policy, lagged)
+        stage = f"round {i} judge"
+        score_reference, reference_key = self._judge_reference(policy, lagged, stage)
 
         def work(folder: Path) -> dict[str, Any]:
-            backend = self._bind(policy.adapter, lagged)
+            self._bind(policy.adapter, lagged)
             pile = read_samples(folder / "samples.jsonl")
             gold = evaluate.gold_of(self.data.gold) if self.data.gold else None
-            own = self._counted(scorer(backend, POLICY), f"round {i} judge", len(pile))
-            judged = list(judge(pile, own, reference(backend), self.recipe, i, gold))
+            judged = judge_all(
+                pile,
+                self.models.scorer(POLICY, self._ticks(stage, len(pile))),
+                score_reference(len(pile)),
+                self.recipe,
+                i,
+                gold,
+            )
             with Lines(folder / "judgements.jsonl") as write:
                 for judgement in judged:
                     write(judgement)
@@ -212,7 +159,7 @@ class Workshop:
             if self.data.gold and self.data.held_out_prompts:
                 found |= self._gold_measures(backend, place, baseline, f"{folder} measure")
             if policy and self.data.held_out_pairs:
-                found |= self._pair_measures(backend, f"{folder} measure")
+                found |= self._pair_measures(f"{folder} measure")
             if policy and self.data.gold and (place / "judgements.jsonl").exists():
                 found |= self._label_measures(place)
             return found
@@ -260,14 +207,13 @@ class Workshop:
             return None
         return evaluate.gold_means(read_samples(path), self.data.gold)[1]
 
-    def _pair_measures(self, backend: Backend, stage: str) -> dict[str, Any]:
+    def _pair_measures(self, stage: str) -> dict[str, Any]:
         """How often the policy's implicit reward prefers the human's choice on held-out pairs."""
-        pairs = self.data.held_out_pairs
-        pile = [pair_sample(pair, row) for pair, row in pairs]
-        own = self._counted(scorer(backend, POLICY), stage, len(pile))
-        reference = self.models.score_by_other_reference if self.models.has_other_reference else scorer(backend, INIT)
-        sums = list(zip(pile, own([_row(s) for s in pile]), reference([_row(s) for s in pile]), strict=True))
-        margins = [objective.margin(o[0], o[1], r[0], r[1], self.recipe.loss.beta) for _, o, r in sums]
+        rows = [row for _, row in self.data.held_out_pairs]
+        own = self.models.scorer(POLICY, self._ticks(stage, len(rows)))(rows)
+        models = self.models
+        reference = (models.other_scorer() if models.has_other_reference else models.scorer(INIT))(rows)
+        margins = [objective.margin(*o, *r, self.recipe.loss.beta) for o, r in zip(own, reference, strict=True)]
         hits = sum(0.5 if m == 0 else float(m > 0) for m in margins)
         accuracy = evaluate.wilson(hits, len(margins))
         return {"pair_accuracy": accuracy.to_dict() if accuracy else None, "pair_margin": _mean(margins)}
@@ -295,7 +241,7 @@ class Workshop:
         work: Callable[[Path], dict[str, Any]],
     ) -> Stage:
         """Do a stage, or read it if it is finished; either way its summary is kept for the table."""
-        inputs = {"model": self.models.backend.fingerprint, **inputs}
+        inputs = {"model": self.models.fingerprint, **inputs}
         stage = Stage(folder, kind, outputs, self.recipe.for_stage(kind), inputs)
         self.summaries.setdefault(folder, {})[kind] = self.run.once(stage, work)
         self.report(Event(stage.title, 1, 1, "stage"))
@@ -320,31 +266,25 @@ class Workshop:
             backend.snapshot()
         return backend
 
-    def _judge_reference(self, policy: Policy, lagged: Policy | None) -> tuple[Callable[[Backend], Scorer], str]:
-        """How to score under the judge's reference, and the key of that reference."""
-        which = self.recipe.judge.reference
+    def _judge_reference(
+        self, policy: Policy, lagged: Policy | None, stage: str
+    ) -> tuple[Callable[[int], Scorer], str]:
+        """The scorer of the judge's reference, given how many rows there will be; and that reference's key."""
+        stage, which = f"{stage} reference", self.recipe.judge.reference
         if which == "none":
-            return lambda backend: no_reference, "none"
+            return lambda total: no_reference, "none"
         if which == "lagged" and lagged:
-            return lambda backend: scorer(backend, "lagged"), lagged.key
+            return lambda total: self.models.scorer("lagged", self._ticks(stage, total)), lagged.key
         if self.models.has_other_reference:
-            return lambda backend: self.models.score_by_other_reference, self.models.other_reference()
+            return lambda total: self.models.other_scorer(self._ticks(stage, total)), self.models.reference_fingerprint
         if policy.key == self.init.key and self.recipe.judge.by == "implicit":
             raise ModelError("the judge's policy equals its reference; give --adapter-path or --init-model")
-        return lambda backend: scorer(backend, INIT), self.init.key
+        return lambda total: self.models.scorer(INIT, self._ticks(stage, total)), self.init.key
 
-    def _counted(self, score: Scorer, stage: str, total: int) -> Scorer:
-        """A scorer that reports how far it is."""
-        done = 0
-
-        def counted(rows: Sequence[Row]) -> list[tuple[float, ...]]:
-            nonlocal done
-            sums = score(rows)
-            done += len(rows)
-            self.report(Event(stage, done, total, "pairs"))
-            return sums
-
-        return counted
+    def _ticks(self, stage: str, total: int) -> Tick:
+        """A function to call once per scored row."""
+        done = itertools.count(1)
+        return lambda: self.report(Event(stage, next(done), total, "pairs"))
 
 
 def round_objective(recipe: Recipe, round_: int, steps: int) -> objective.Refined:
@@ -364,10 +304,6 @@ def pair_sample(pair: Pair, row: Row) -> Sample:
     texts = (pair.chosen, pair.rejected)
     answers = tuple(Completion(ids=i, text=t, ended="human") for i, t in zip(row.responses, texts, strict=True))
     return Sample(id=pair.id, messages=pair.messages, prompt_ids=row.prompt, completions=answers, extra=pair.extra)
-
-
-def _row(s: Sample) -> Row:
-    return Row(prompt=s.prompt_ids, responses=tuple(c.ids for c in s.completions))
 
 
 def _mean(values: Sequence[float]) -> float | None:

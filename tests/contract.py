@@ -203,8 +203,8 @@ def texts(drawn: Sequence[Sequence[Completion]]) -> list[list[tuple[Ids, str]]]:
     return [[(one.ids, one.ended) for one in several] for several in drawn]
 
 
-class Contract:
-    """Tests that take a `subject`."""
+class Numerics:
+    """What may depend on a model's architecture: run on every model."""
 
     def test_a_score_is_what_the_sampler_recorded(self, subject: Subject) -> None:
         backend = subject.moved()
@@ -229,16 +229,6 @@ class Contract:
         assert texts(draw(backend, asked, [some[:1] for some in key], sampling)) == [some[:1] for some in whole]
         single = subject.moved(sample=1)
         assert texts(draw(single, asked, key, sampling)) == whole
-
-    def test_the_caller_may_do_other_things_between_two_samples(self, subject: Subject) -> None:
-        backend = subject.moved(sample=2)
-        asked, key, sampling = prompts(backend), names(4, 2), Sampling(temperature=1.0, max_tokens=20)
-        expected = texts(draw(backend, asked, key, sampling))
-        found = {}
-        for index, some in backend.sample(asked, 2, sampling, key):
-            found[index] = some
-            score(backend, pairs(backend, 1), INIT)
-        assert texts([found[index] for index in range(4)]) == expected
 
     def test_the_next_token_distribution_sums_to_one(self, subject: Subject) -> None:
         backend = subject.moved()
@@ -288,10 +278,6 @@ class Contract:
             assert stops[-1] == (completion.ended == "eos")
             assert len(completion.ids) == 12 or completion.ended == "eos"
 
-    def test_no_token_may_be_asked_for(self, subject: Subject) -> None:
-        backend = subject.fresh()
-        assert texts(draw(backend, prompts(backend), names(4, 1), Sampling(max_tokens=0))) == [[((), "cap")]] * 4
-
     def test_batching_and_padding_change_no_score(self, subject: Subject) -> None:
         backend = subject.moved()
         rows = pairs(backend, 8)
@@ -299,21 +285,6 @@ class Contract:
         assert sums(subject.moved(score=1), rows) == pytest.approx(together, abs=subject.tolerance)
         alone = [sums(backend, [Row(prompt=row.prompt, responses=(one,))])[0] for row in rows for one in row.responses]
         assert alone == pytest.approx(together, abs=subject.tolerance)
-
-    def test_rows_may_have_any_number_of_responses(self, subject: Subject) -> None:
-        backend = subject.moved()
-        talk = conversation(QUESTIONS[0])
-        prompt = backend.tokenizer.encode_prompt(talk)
-        answers = [backend.tokenizer.encode_answer(talk, text) for text in ("one", "two plums", "three songs again")]
-        rows = [Row(prompt=prompt, responses=tuple(answers[:count])) for count in (1, 3, 2)]
-        expected = sums(backend, [Row(prompt=prompt, responses=tuple(answers))])
-        assert [len(several) for several in score(backend, rows)] == [1, 3, 2]
-        assert sums(backend, rows) == pytest.approx([*expected[:1], *expected, *expected[:2]], abs=subject.tolerance)
-        objective = Linear([1.0, -1.0, 0.5, 2.0, 0.0, 1.0])
-        stats = backend.dpo_step(rows, objective, subject.rate)
-        assert np.concatenate([batch.row for batch in objective.seen]).tolist() == [0, 1, 1, 1, 2, 2]
-        assert stats.tokens == sum(len(one) for row in rows for one in row.responses)
-        assert not stats.skipped
 
     @pytest.mark.parametrize("extrapolation", [0.0, 0.125, 0.5, 3.0])
     def test_a_round_starts_at_margin_zero(self, subject: Subject, extrapolation: float) -> None:
@@ -349,12 +320,6 @@ class Contract:
         assert objective.seen[0].extrapolated == pytest.approx(expected, abs=10 * subject.tolerance)
         assert abs(objective.seen[0].extrapolated - objective.seen[0].logp).max() > 1e-3
 
-    def test_what_is_not_asked_for_is_left_empty(self, subject: Subject) -> None:
-        backend = subject.moved()
-        objective = Linear([1.0, -1.0], reference=False)
-        stats = backend.dpo_step(pairs(backend, 1), objective, subject.rate)
-        assert objective.seen[0].reference.size == objective.seen[0].extrapolated.size == stats.reference.size == 0
-
     def test_a_step_raises_its_pairs_margin(self, subject: Subject) -> None:
         backend = subject.fresh()
         backend.snapshot()
@@ -376,17 +341,6 @@ class Contract:
         assert (sums(backend, rows, INIT) == init).all()
         assert (sums(backend, rows, PREVIOUS) == previous).all()
         assert np.abs(sums(backend, rows, POLICY) - before).min() > 1e-4
-
-    def test_the_reported_loss_is_the_objectives(self, subject: Subject) -> None:
-        backend = subject.moved(micro=3)
-        rows = pairs(backend, 8)
-        expected = sums(backend, rows), sums(backend, rows, PREVIOUS)
-        stats = backend.dpo_step(rows, Dpo(0.3), subject.rate)
-        assert stats.logp == pytest.approx(expected[0], abs=subject.tolerance)
-        assert stats.reference == pytest.approx(expected[1], abs=subject.tolerance)
-        again = Dpo(0.3)(Batch(stats.logp, stats.reference, np.zeros(0), np.zeros(16), np.repeat(np.arange(8), 2)))
-        assert stats.loss == pytest.approx(again.loss.mean(), abs=1e-12)
-        assert stats.metrics["margin"] == pytest.approx(again.metrics["margin"], abs=1e-12)
 
     def test_micro_batches_change_memory_only(self, subject: Subject) -> None:
         results = []
@@ -413,18 +367,6 @@ class Contract:
             norms.append(stats.grad_norm * len(long_rows))
         assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
-    def test_the_gradient_is_clipped_but_reported_whole(self, subject: Subject) -> None:
-        norms, moved = [], []
-        for limit in (1e-3, 1e9):
-            backend = subject.fresh()
-            backend.start_training(replace(OPTIMIZER, eps=10.0, max_grad_norm=limit, weight_decay=0.0))
-            before = sums(backend, pairs(backend))
-            norms.append(backend.dpo_step(pairs(backend), Dpo(0.5), 100 * subject.rate).grad_norm)
-            moved.append(np.abs(sums(backend, pairs(backend)) - before).max())
-        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
-        assert norms[0] > 1e-3
-        assert moved[0] < 0.5 * moved[1]
-
     def test_saving_and_restoring_is_the_identity(self, subject: Subject, tmp_path: Path) -> None:
         backend = subject.moved()
         rows = pairs(backend)
@@ -445,6 +387,73 @@ class Contract:
             found = other.dpo_step(rows, Mixed(0.5), subject.rate)
             assert (found.loss, found.grad_norm) == (expected.loss, expected.grad_norm)
         assert (sums(other, rows) == sums(backend, rows)).all()
+
+    def test_a_fresh_adapter_is_the_base(self, subject: Subject) -> None:
+        backend = subject.fresh()
+        rows = pairs(backend)
+        assert sums(backend, rows) == pytest.approx(sums(backend, rows, INIT), abs=1e-6)
+
+
+class Bookkeeping:
+    """What does not: run on one model of each backend."""
+
+    def test_the_caller_may_do_other_things_between_two_samples(self, subject: Subject) -> None:
+        backend = subject.moved(sample=2)
+        asked, key, sampling = prompts(backend), names(4, 2), Sampling(temperature=1.0, max_tokens=20)
+        expected = texts(draw(backend, asked, key, sampling))
+        found = {}
+        for index, some in backend.sample(asked, 2, sampling, key):
+            found[index] = some
+            score(backend, pairs(backend, 1), INIT)
+        assert texts([found[index] for index in range(4)]) == expected
+
+    def test_no_token_may_be_asked_for(self, subject: Subject) -> None:
+        backend = subject.fresh()
+        assert texts(draw(backend, prompts(backend), names(4, 1), Sampling(max_tokens=0))) == [[((), "cap")]] * 4
+
+    def test_rows_may_have_any_number_of_responses(self, subject: Subject) -> None:
+        backend = subject.moved()
+        talk = conversation(QUESTIONS[0])
+        prompt = backend.tokenizer.encode_prompt(talk)
+        answers = [backend.tokenizer.encode_answer(talk, text) for text in ("one", "two plums", "three songs again")]
+        rows = [Row(prompt=prompt, responses=tuple(answers[:count])) for count in (1, 3, 2)]
+        expected = sums(backend, [Row(prompt=prompt, responses=tuple(answers))])
+        assert [len(several) for several in score(backend, rows)] == [1, 3, 2]
+        assert sums(backend, rows) == pytest.approx([*expected[:1], *expected, *expected[:2]], abs=subject.tolerance)
+        objective = Linear([1.0, -1.0, 0.5, 2.0, 0.0, 1.0])
+        stats = backend.dpo_step(rows, objective, subject.rate)
+        assert np.concatenate([batch.row for batch in objective.seen]).tolist() == [0, 1, 1, 1, 2, 2]
+        assert stats.tokens == sum(len(one) for row in rows for one in row.responses)
+        assert not stats.skipped
+
+    def test_what_is_not_asked_for_is_left_empty(self, subject: Subject) -> None:
+        backend = subject.moved()
+        objective = Linear([1.0, -1.0], reference=False)
+        stats = backend.dpo_step(pairs(backend, 1), objective, subject.rate)
+        assert objective.seen[0].reference.size == objective.seen[0].extrapolated.size == stats.reference.size == 0
+
+    def test_the_reported_loss_is_the_objectives(self, subject: Subject) -> None:
+        backend = subject.moved(micro=3)
+        rows = pairs(backend, 8)
+        expected = sums(backend, rows), sums(backend, rows, PREVIOUS)
+        stats = backend.dpo_step(rows, Dpo(0.3), subject.rate)
+        assert stats.logp == pytest.approx(expected[0], abs=subject.tolerance)
+        assert stats.reference == pytest.approx(expected[1], abs=subject.tolerance)
+        again = Dpo(0.3)(Batch(stats.logp, stats.reference, np.zeros(0), np.zeros(16), np.repeat(np.arange(8), 2)))
+        assert stats.loss == pytest.approx(again.loss.mean(), abs=1e-12)
+        assert stats.metrics["margin"] == pytest.approx(again.metrics["margin"], abs=1e-12)
+
+    def test_the_gradient_is_clipped_but_reported_whole(self, subject: Subject) -> None:
+        norms, moved = [], []
+        for limit in (1e-3, 1e9):
+            backend = subject.fresh()
+            backend.start_training(replace(OPTIMIZER, eps=10.0, max_grad_norm=limit, weight_decay=0.0))
+            before = sums(backend, pairs(backend))
+            norms.append(backend.dpo_step(pairs(backend), Dpo(0.5), 100 * subject.rate).grad_norm)
+            moved.append(np.abs(sums(backend, pairs(backend)) - before).max())
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+        assert norms[0] > 1e-3
+        assert moved[0] < 0.5 * moved[1]
 
     def test_any_number_of_roles_share_the_base(self, subject: Subject, tmp_path: Path) -> None:
         backend = subject.fresh()
@@ -478,11 +487,6 @@ class Contract:
             backend.bind(role, tmp_path)
         for role in (INIT, PREVIOUS, POLICY):
             assert (sums(backend, rows, role) == expected).all()
-
-    def test_a_fresh_adapter_is_the_base(self, subject: Subject) -> None:
-        backend = subject.fresh()
-        rows = pairs(backend)
-        assert sums(backend, rows) == pytest.approx(sums(backend, rows, INIT), abs=1e-6)
 
     def test_equal_seeds_give_equal_adapters(self, subject: Subject, tmp_path: Path) -> None:
         backend = subject.fresh()

@@ -13,9 +13,10 @@ import msgspec
 from spa_lite import backends, prepare
 from spa_lite.backend import Backend
 from spa_lite.events import Report, silent
+from spa_lite.models import Models
 from spa_lite.recipe import Recipe, build, load_layer
 from spa_lite.spa import align
-from spa_lite.stages import Data, Models
+from spa_lite.stages import Data
 from spa_lite.store import Run
 
 GOOD, BAD = ["red", "blue", "green", "cat", "dog"], ["sun", "moon", "tea", "cup", "hat"]

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract import Contract, Subject
-from tiny import ARCHITECTURES, VOCABULARY, make_model
 
 from spa_lite import backends
 from spa_lite.backend import ModelSettings
 from spa_lite.errors import BackendError, BackendMissing
+from tests.contract import Subject
+from tests.tiny import ARCHITECTURES, VOCABULARY, make_model
 
 ASKED = os.environ.get("SPA_LITE_BACKENDS")
 INSTALLED = [name for name in backends.TABLE if not backends.missing(name)]
@@ -33,7 +33,15 @@ def torch_base(backend: Any) -> bytes:
     return digest.digest()
 
 
-@pytest.fixture(scope="session", params=CASES, ids=lambda case: "-".join(case))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Numerics on every model, bookkeeping on the first model of each backend."""
+    if "subject" in metafunc.fixturenames:
+        first = {name: model for name, model in reversed(CASES)}
+        cases = CASES if metafunc.cls is TestNumerics else list(first.items())[::-1]
+        metafunc.parametrize("subject", cases, indirect=True, scope="session", ids="-".join)
+
+
+@pytest.fixture(scope="session")
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
     """One backend and one of its models."""
     name, model = request.param
@@ -60,15 +68,17 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     yield Subject(f"{name}-{model}", name, tiny, VOCABULARY, rate=1e-2, base_bytes=torch_base)
 
 
-class TestContract(Contract):
-    """Every test of the contract, on every subject."""
+class TestNumerics(Numerics):
+    """Every backend, every model."""
+
+
+class TestBookkeeping(Bookkeeping):
+    """Every backend, one model."""
 
 
 def test_each_chosen_backend_was_tested(request: pytest.FixtureRequest) -> None:
     """A backend that silently drops out of the suite would look healthy."""
-    selected = {
-        item.name for item in request.session.items if item.nodeid.endswith("]") and "TestContract" in item.nodeid
-    }
+    selected = {item.name for item in request.session.items if item.nodeid.endswith("]") and "::Test" in item.nodeid}
     if not selected:
         pytest.skip("no contract test was selected in this run")
     assert set(CHOSEN) <= ran

@@ -10,11 +10,10 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from tiny import make_tokenizer
-
 from spa_lite.backends.chat import ChatTokenizer
 from spa_lite.errors import DataError, ModelError
 from spa_lite.records import Message
+from tests.tiny import make_tokenizer
 
 # Each template is written anew in the shape its family uses; the special tokens are the family's.
 LLAMA3 = (
@@ -26,7 +25,8 @@ CHATML = (
     "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}{% endif %}"
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
-    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    "{% endif %}"
 )
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}"
@@ -136,7 +136,7 @@ def test_the_end_of_turn_is_what_the_template_writes(family: str) -> None:
 
 @pytest.mark.parametrize("text", ["the baker paints seven plums.", "  indented\n\nlines ", "Grüße, 東京 🙂", ""])
 def test_an_answer_is_the_text_and_one_end(family: str, text: str) -> None:
-    tokenizer, bare = chat(family)
+    tokenizer, _ = chat(family)
     for talk in (TALK, LONGER):
         ids = tokenizer.encode_answer(talk, text)
         assert ids[-1] == tokenizer.end_of_turn
@@ -158,7 +158,7 @@ def test_prompt_and_answer_together_are_the_rendered_conversation(family: str) -
 
 
 def test_a_written_end_is_not_doubled(family: str) -> None:
-    tokenizer, bare = chat(family)
+    tokenizer, _ = chat(family)
     plain = tokenizer.encode_answer(TALK, "hello")
     assert tokenizer.encode_answer(TALK, "hello" + END[family]) == plain
     assert tokenizer.encode_answer(TALK, f"hello{END[family]}\n{END[family]} ") == plain
@@ -200,7 +200,6 @@ def test_a_template_without_system_turns_says_so(refusing: str) -> None:
 
 
 def test_a_template_that_drops_system_turns_says_so() -> None:
-    tokenizer, _ = chat("gemma")
     dropping = make_tokenizer(specials=["<s>", "</s>"], bos="<s>", eos="</s>", template=ZEPHYR.replace(
         "{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"
     ))  # fmt: skip

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import sys
 import types
 import typing
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -64,17 +66,20 @@ def programs(line: str) -> Iterator[list[str]]:
         words = []
 
 
+@cache
+def program() -> Any:
+    """The commands of spa-lite, as Typer hands them to its parser."""
+    typer: Any = pytest.importorskip("typer")
+    importlib.import_module("spa_lite.cli.commands")  # registers them
+    return typer.main.get_command(importlib.import_module("spa_lite.cli.main").app)
+
+
 def parse(words: list[str]) -> None:
     """Parse a command line as the program does, without running it, and read the value of every setting in it."""
-    click = pytest.importorskip("click")
-    typer = pytest.importorskip("typer")
-    import spa_lite.cli.commands  # noqa: F401 - registers the commands
-    from spa_lite.cli.main import app
-
-    group: Any = typer.main.get_command(app)
-    with click.Context(group, info_name="spa-lite", **group.context_settings) as parent:
-        name, command, rest = group.resolve_command(parent, list(words))
-        values = command.make_context(name, rest, parent=parent).params
+    group = program()
+    name, *rest = words
+    assert name in group.commands, f"there is no command {name}"
+    values = group.commands[name].make_context(name, rest, **group.context_settings).params
     flat = {path.replace(".", "_"): path for path in SETTINGS}
     for given, value in values.items():
         if given in flat and isinstance(value, str):
@@ -137,7 +142,8 @@ def test_the_readme_has_a_python_example() -> None:
 
 def tree() -> list[str]:
     """Paths of the README's file tree: two blanks of indentation per folder, the name, blanks, what it holds."""
-    found = re.search(r"^<!-- file tree -->\n+```[a-z]*\n(.*?)^```", text_of(ROOT / "README.md"), re.MULTILINE | re.DOTALL)
+    pattern = re.compile(r"^<!-- file tree -->\n+```[a-z]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    found = pattern.search(text_of(ROOT / "README.md"))
     assert found, "README.md has no block marked <!-- file tree -->"
     paths: list[str] = []
     above: list[str] = []
@@ -162,6 +168,27 @@ def test_the_file_tree_names_every_module() -> None:
         if path.name not in {"__init__.py", "__main__.py"}
     }
     assert sorted(modules - set(tree())) == []
+
+
+# --- the lesson's page -----------------------------------------------------------------------------------------
+
+
+def test_the_lesson_page_tells_of_this_world() -> None:
+    from spa_lite.lesson import world
+
+    page = text_of(ROOT / "docs" / "lesson.md")
+    rows = dict(re.findall(r"^\| (\w+) \| ([^|]+) \| [^|]+ \|$", page, re.MULTILINE))
+    shown_tasks = {family: rows.get(family) for family in world.FAMILIES}
+    assert [f for f, text in shown_tasks.items() if text not in {task.text for task in world.family_tasks(f)}] == []
+    assert f"There are {COUNT_WORDS.get(len(world.FAMILIES))} families" in page
+    assert {name: rows.get(name) for name in world.WEIGHTS} == {n: f"{w:.2f}" for n, w in world.WEIGHTS.items()}
+    assert f"which is {' or '.join(f'{care:.2f}' for care in world.CARE_LEVELS)}" in page
+    assert f"words beyond {world.BRIEF_WORDS}" in page
+    for split, owned in world.SPLITS.items():
+        assert f"`{split}` ({len(owned)} %" in page
+
+
+COUNT_WORDS = {9: "nine", 10: "ten", 11: "eleven", 12: "twelve", 13: "thirteen", 14: "fourteen"}
 
 
 # --- the page of settings --------------------------------------------------------------------------------------
@@ -205,6 +232,11 @@ def flags(setting: Setting) -> str:
     return ", ".join(f"`{name}`" for name in [setting.flag, *ALIASES.get(setting.flag, []), *negative])
 
 
+def header(columns: str) -> list[str]:
+    """The two lines above the rows of a table."""
+    return [f"| {' | '.join(columns.split())} |", f"|{' --- |' * len(columns.split())}"]
+
+
 def settings_page() -> str:
     """docs/settings.md as the code has it."""
     groups: dict[str, list[Setting]] = {}
@@ -214,13 +246,12 @@ def settings_page() -> str:
     lines = [HEAD]
     for group, settings in groups.items():
         about = (hints[group].__doc__ if group else "What belongs to the run as a whole.").strip()
-        lines += [f"## {group or 'Top level'}\n", f"{about}\n", "| setting | flag | values | default | stages | what it does |"]
-        lines += ["| --- | --- | --- | --- | --- | --- |"]
+        lines += [f"## {group or 'Top level'}\n", f"{about}\n", *header("setting flag values default stages about")]
         for s in settings:
             cells = (f"`{s.path}`", flags(s), values_of(s.type), shown(s.default), " ".join(s.stages) or "-", s.help)
             lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
         lines.append("")
-    lines += ["## Shipped recipes and scales\n", SHIPPED, "| file | what it is | what it changes |", "| --- | --- | --- |"]
+    lines += ["## Shipped recipes and scales\n", SHIPPED, *header("file about changes")]
     kinds: tuple[Literal["recipe", "scale"], ...] = ("recipe", "scale")
     for kind in kinds:
         for name, file in shipped(kind).items():
@@ -233,7 +264,8 @@ def settings_page() -> str:
 
 HEAD = f"""# Settings
 
-Every setting, as the program has it. This page is generated: `{WRITE}` makes it anew, and a test fails when it is stale.
+Every setting, as the program has it. This page is generated: `{WRITE}` makes it anew, and a test
+fails when it is stale.
 
 - **Where a value comes from.** Default, then recipe, then scale, then the file given with `--config`, then the command
   line; the later one wins. `spa-lite run --dry-run` prints every value and where it came from.
@@ -242,13 +274,13 @@ Every setting, as the program has it. This page is generated: `{WRITE}` makes it
   needs; `--set` takes any setting where the command has it (`run`, `sample`, `judge`, `train`). An unknown name is an
   error that names the nearest one.
 - **stages** says whose result depends on the setting. A stage that is finished keeps its result, and a change of one of
-  its settings is refused in that run folder. `-` means that no stage's key holds it: it changes where things are, memory
-  or speed; the *content* of the inputs is part of the keys, their path is not.
+  its settings is refused in that run folder. `-` means that no stage's key holds it: it changes where things are,
+  memory or speed; the *content* of the inputs is part of the keys, their path is not.
 - Lists are written `a,b,c`; `none` is no value.
 """
 
-SHIPPED = """A recipe says what the method does, a scale how big it is. Both are YAML files of the settings that differ from the
-defaults above; `spa-lite recipes` lists them, and a file of your own works in their place (`--recipe mine.yaml`).
+SHIPPED = """A recipe says what the method does, a scale how big it is. Both are YAML files of the settings that differ
+from the defaults above; `spa-lite recipes` lists them, and a file of your own works in their place (`--recipe mine.yaml`).
 """
 
 

@@ -70,7 +70,7 @@ WEIGHTS: dict[str, float] = {
 }
 
 # The hidden care levels of writers, with how common each is.
-CARE_LEVELS: tuple[float, ...] = (0.25, 0.75)
+CARE_LEVELS: tuple[float, ...] = (0.15, 0.85)
 CARE_SHARES: tuple[float, ...] = (0.5, 0.5)
 
 # How often a writer who closes rudely does not even finish the line.

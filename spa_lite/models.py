@@ -1,0 +1,91 @@
+"""The one model in memory, and, for the no-seed study, a whole other one that takes its place while it scores."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from spa_lite.backend import INIT, Backend
+from spa_lite.errors import ModelError
+from spa_lite.judge import Scorer, scorer
+from spa_lite.records import Ids, Row
+
+Tick = Callable[[], None]
+
+
+class Models:
+    """Loads the policy's base on first use, and a reference model only alone: never two at a time."""
+
+    def __init__(
+        self,
+        load: Callable[[], Backend],
+        init_adapter: Path | None = None,
+        policy_adapter: Path | None = None,
+        load_reference: Callable[[], Backend] | None = None,
+    ) -> None:
+        self._load, self._load_reference = load, load_reference
+        self._backend: Backend | None = None
+        self._fingerprint, self._reference_fingerprint = "", ""
+        self.init_adapter, self.policy_adapter = init_adapter, policy_adapter
+
+    @property
+    def backend(self) -> Backend:
+        """The model that is sampled, scored and trained. Do not keep it: it may be released and loaded anew."""
+        if self._backend is None:
+            self._backend = self._load()
+            self._fingerprint = self._backend.fingerprint
+        return self._backend
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of weights, tokenizer and template."""
+        return self._fingerprint or self.backend.fingerprint
+
+    @property
+    def has_other_reference(self) -> bool:
+        """Whether pi_init is a whole other model."""
+        return self._load_reference is not None
+
+    @property
+    def reference_fingerprint(self) -> str:
+        """Digest of the other model."""
+        if not self._reference_fingerprint:
+            with self._alone() as other:
+                self._reference_fingerprint = other.fingerprint
+        return self._reference_fingerprint
+
+    def scorer(self, role: str, tick: Tick = lambda: None) -> Scorer:
+        """Score rows under a role of whatever model is in memory then."""
+        return lambda rows: scorer(self.backend, role, tick)(rows)
+
+    def other_scorer(self, tick: Tick = lambda: None) -> Scorer:
+        """Score rows under the other model, loaded alone and released. Raises ModelError if its vocabulary differs."""
+
+        def score(rows: Sequence[Row]) -> list[tuple[float, ...]]:
+            ours = _vocabulary(self.backend)
+            with self._alone() as other:
+                if _vocabulary(other) != ours:
+                    raise ModelError("--init-model reads text differently from --model; both need the same tokenizer")
+                other.bind(INIT, None)
+                return scorer(other, INIT, tick)(rows)
+
+        return score
+
+    @contextmanager
+    def _alone(self) -> Iterator[Backend]:
+        assert self._load_reference is not None
+        self._backend = None
+        gc.collect()
+        other = self._load_reference()
+        self._reference_fingerprint = other.fingerprint
+        yield other
+        del other
+        gc.collect()
+
+
+def _vocabulary(backend: Backend) -> tuple[Ids, Any]:
+    probe = "The quick brown fox, 1234567890; naïve 東京 🙂"
+    return backend.tokenizer.encode_answer((), probe), backend.description.get("vocabulary")
