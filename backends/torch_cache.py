@@ -16,6 +16,8 @@ ROOM = 64
 class RoomyLayer(DynamicLayer):
     """One layer's keys and values [batch, heads, length, width], as views of buffers that are longer."""
 
+    keys: Tensor
+    values: Tensor
     _buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from spa_lite.recipe import Recipe
 
 if TYPE_CHECKING:
     from spa_lite.backend import Backend
-    from spa_lite.records import Sample
+    from spa_lite.records import Judgement, Sample
 
 Config = Annotated[Path | None, typer.Option("-c", "--config", help="YAML file of settings; the command line wins.")]
 Named = Annotated[str | None, typer.Option(help="Recipe: spa, spa-official, or a YAML file. [spa]")]
@@ -94,8 +94,8 @@ def judge(
     from spa_lite.cli.models import models_of
     from spa_lite.evaluate import gold_of
     from spa_lite.events import Event
+    from spa_lite.judge import Scorer, judge_all, no_reference
     from spa_lite.judge import judge as judge_step
-    from spa_lite.judge import judge_all, no_reference
     from spa_lite.lesson.source import rule
 
     r, _ = resolve(_with_policy(given), set_ or [], config, recipe, scale, default_scale)
@@ -116,17 +116,17 @@ def judge(
             raise RecipeError(
                 "the judge's policy equals its reference; give --adapter-path, --init-model or --judge-reference none"
             )
-        policy, judged = models.scorer(POLICY), judge_step
-        if r.judge.reference == "none":
-            reference = no_reference
-        elif models.has_other_reference:  # two whole models are never in memory together: one pass each
-            reference, samples, judged = models.other_scorer(), list(samples), judge_all
+        reference: Scorer = no_reference if r.judge.reference == "none" else models.scorer(INIT)
+        judgements: Iterable[Judgement]
+        if models.has_other_reference:  # two whole models are never in memory together: one pass each
+            pile = list(samples)
+            judgements = judge_all(pile, models.scorer(POLICY), models.other_scorer(), r, round_, gold_of(rule))
         else:
-            reference = models.scorer(INIT)
+            judgements = judge_step(samples, models.scorer(POLICY), reference, r, round_, gold_of(rule))
         agree = labelled = done = 0
         expected = count_lines(path)
         with render.progress() as report, writer(output) as write:
-            for judgement in judged(samples, policy, reference, r, round_, gold_of(rule)):
+            for judgement in judgements:
                 done += 1
                 write(judgement if full or is_samples else {name: getattr(judgement, name) for name in SLIM})
                 if judgement.id in gold:
@@ -313,7 +313,7 @@ def holds(path: Path, field: str) -> bool:
 
 def count_lines(path: Path) -> int:
     """Lines of a text file, for the time left; 0 where that says nothing (compressed or binary files)."""
-    if path.suffix != ".jsonl":
+    if path.suffix != ".jsonl" or not path.is_file():
         return 0
     with path.open("rb") as file:
         return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))

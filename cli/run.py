@@ -53,8 +53,7 @@ def run(
     from spa_lite.cli import render
     from spa_lite.cli.models import models_of
     from spa_lite.spa import align
-    from spa_lite.stages import folder_digest
-    from spa_lite.store import Run, digest, write_json
+    from spa_lite.store import Run, write_json
 
     raw = prepare.read(resolved)
     if prepare.is_lesson(resolved):
@@ -66,9 +65,7 @@ def run(
     data = prepare.encode_all(raw, models.backend, resolved)
     for line in data.notes:
         render.note(line)
-    settings = {path: resolved.get(path) for path in sources if path.partition(".")[0] not in {"inputs", "batching"}}
-    identity = digest([settings, models.backend.fingerprint, data_digest(data), [folder_digest(models.init_adapter), folder_digest(models.policy_adapter)]])
-    folder = out or Path("runs") / f"{resolved.name}-{identity[:8]}"
+    folder = out or Path("runs") / prepare.run_name(resolved, models, data)
     if fresh and folder.exists():
         _clear(folder)
     place = Run(folder)
@@ -90,20 +87,6 @@ def run(
     for warning in summary["warnings"]:
         render.note(f"warning: {warning}")
     render.note(f"adapter: {folder / 'adapter'}")
-
-
-def data_digest(data: Any) -> str:
-    """Digest of all a run reads, as token ids."""
-    from spa_lite.store import digest
-
-    return digest(
-        [
-            [row for _, row in data.seed_pairs],
-            [[ids for _, ids in share] for share in data.rounds],
-            [row for _, row in data.held_out_pairs],
-            [ids for _, ids in data.held_out_prompts],
-        ]
-    )
 
 
 def write_recipe(folder: Path, recipe: Any) -> None:

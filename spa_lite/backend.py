@@ -170,15 +170,35 @@ class Tokenizer(Protocol):
 class Backend(Protocol):
     """One model in one framework."""
 
-    name: str
-    can_train: bool
-    tokenizer: Tokenizer
-    context: int
-    """Longest sequence the model takes, in tokens."""
-    fingerprint: str
-    """Digest of weights, tokenizer and template."""
-    description: dict[str, Any]
-    """Device, real dtype and bits, parameter counts: what `doctor` shows."""
+    @property
+    def name(self) -> str:
+        """The backend's name in the table of `spa_lite.backends`."""
+        ...
+
+    @property
+    def can_train(self) -> bool:
+        """Whether `start_training` and `dpo_step` work."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer and chat template."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Longest sequence the model takes, in tokens."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of weights, tokenizer and template."""
+        ...
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Device, real dtype and bits, parameter counts: what `doctor` shows."""
+        ...
 
     def bind(self, role: str, adapter: Path | None = None, lora: Lora | None = None) -> None:
         """Make `role` the adapter stored in a folder (PEFT format); None: the bare base, or, with `lora`,

@@ -6,7 +6,6 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from spa_lite.backend import INIT, Backend
 from spa_lite.errors import ModelError
@@ -86,6 +85,7 @@ class Models:
         gc.collect()
 
 
-def _vocabulary(backend: Backend) -> tuple[Ids, Any]:
+def _vocabulary(backend: Backend) -> tuple[Ids, frozenset[int]]:
+    """What two models must agree on before one may score the other's ids."""
     probe = "The quick brown fox, 1234567890; naïve 東京 🙂"
-    return backend.tokenizer.encode_answer((), probe), backend.description.get("vocabulary")
+    return backend.tokenizer.encode_answer((), probe), backend.tokenizer.stop_ids

@@ -10,9 +10,11 @@ from spa_lite.backend import Backend, ModelSettings
 from spa_lite.backend import Batching as BackendBatching
 from spa_lite.errors import DataError, RecipeError
 from spa_lite.evaluate import GoldRule
-from spa_lite.recipe import Recipe
+from spa_lite.models import Models
+from spa_lite.recipe import Recipe, settings_of
 from spa_lite.records import Ids, Pair, Prompt, Row
-from spa_lite.stages import Data
+from spa_lite.stages import Data, folder_digest
+from spa_lite.store import digest
 
 
 @dataclass
@@ -160,6 +162,19 @@ def encode_all(raw: Raw, backend: Backend, recipe: Recipe) -> Data:
         gold=raw.gold,
         notes=notes,
     )
+
+
+def run_name(recipe: Recipe, models: Models, data: Data) -> str:
+    """`<recipe>-<8 hex>`: a digest of all settings that matter to a result and of everything that is read."""
+    settings = {p: v for p, v in settings_of(recipe).items() if not p.startswith(("inputs.", "batching."))}
+    read = [
+        [row for _, row in data.seed_pairs],
+        [[ids for _, ids in share] for share in data.rounds],
+        [row for _, row in data.held_out_pairs],
+        [ids for _, ids in data.held_out_prompts],
+    ]
+    start = [models.fingerprint, folder_digest(models.init_adapter), folder_digest(models.policy_adapter)]
+    return f"{recipe.name}-{digest([settings, read, start, recipe.inputs.init_model])[:8]}"
 
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ import pytest
 from spa_lite import backends
 from spa_lite.backend import ModelSettings
 from spa_lite.errors import BackendError, BackendMissing
-from tests.contract import Subject
+from tests.contract import Bookkeeping, Numerics, Subject
 from tests.tiny import ARCHITECTURES, VOCABULARY, make_model
 
 ASKED = os.environ.get("SPA_LITE_BACKENDS")
@@ -36,7 +36,7 @@ def torch_base(backend: Any) -> bytes:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Numerics on every model, bookkeeping on the first model of each backend."""
     if "subject" in metafunc.fixturenames:
-        first = {name: model for name, model in reversed(CASES)}
+        first = dict(reversed(CASES))
         cases = CASES if metafunc.cls is TestNumerics else list(first.items())[::-1]
         metafunc.parametrize("subject", cases, indirect=True, scope="session", ids="-".join)
 

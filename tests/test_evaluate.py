@@ -47,7 +47,8 @@ def rule(extra: Mapping[str, Any], text: str, ended: bool) -> dict[str, float]:
 
 def judged(name: str, a: str, b: str, label: Any, ended_b: Any = "eos") -> Judgement:
     """A judgement of two texts."""
-    sides = [Side(text=t, ids=(1,), ended=e, policy=0.0, reference=0.0) for t, e in ((a, "eos"), (b, ended_b))]
+    ends: list[Any] = ["eos", ended_b]
+    sides = [Side(text=t, ids=(1,), ended=e, policy=0.0, reference=0.0) for t, e in zip((a, b), ends, strict=True)]
     return Judgement(
         id=name, messages=(), prompt_ids=(1,), a=sides[0], b=sides[1], logratio_a=0, logratio_b=0, margin=0, p=0.5,
         label=label, tie=False, tokens_a=1, tokens_b=1,
@@ -72,9 +73,10 @@ def test_wrong_flags() -> None:
 
 def test_gold_means() -> None:
     """Means over first answers, and a score for each."""
+    answers: list[tuple[str, Any]] = [("xx", "eos"), ("xxxx", "cap")]
     samples = [
         Sample(id=t, messages=(), prompt_ids=(1,), completions=(Completion(ids=(1,), text=t, ended=e),))
-        for t, e in (("xx", "eos"), ("xxxx", "cap"))
+        for t, e in answers
     ]
     means, scores = gold_means(samples, rule)
     assert means["size"] == pytest.approx(0.3)

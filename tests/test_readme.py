@@ -280,7 +280,8 @@ fails when it is stale.
 """
 
 SHIPPED = """A recipe says what the method does, a scale how big it is. Both are YAML files of the settings that differ
-from the defaults above; `spa-lite recipes` lists them, and a file of your own works in their place (`--recipe mine.yaml`).
+from the defaults above; `spa-lite recipes` lists them, and a file of your own works in their place, as in
+`--recipe mine.yaml`.
 """
 
 
