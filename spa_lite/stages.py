@@ -214,7 +214,7 @@ class Workshop:
         models = self.models
         reference = (models.other_scorer() if models.has_other_reference else models.scorer(INIT))(rows)
         beta = self.recipe.loss.beta
-        margins = [objective.margin(*o, *r, beta=beta) for o, r in zip(own, reference, strict=True)]
+        margins = [objective.margin(yw, yl, rw, rl, beta) for (yw, yl), (rw, rl) in zip(own, reference, strict=True)]
         hits = sum(0.5 if m == 0 else float(m > 0) for m in margins)
         accuracy = evaluate.wilson(hits, len(margins))
         return {"pair_accuracy": accuracy.to_dict() if accuracy else None, "pair_margin": _mean(margins)}

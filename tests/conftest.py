@@ -24,7 +24,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(variable, "2")
+    os.environ.setdefault(variable, "1")  # several small processes: more threads only wait for each other
 
 
 def pytest_unconfigure() -> None:

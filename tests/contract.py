@@ -439,7 +439,9 @@ class Bookkeeping:
         stats = backend.dpo_step(rows, Dpo(0.3), subject.rate)
         assert stats.logp == pytest.approx(expected[0], abs=subject.tolerance)
         assert stats.reference == pytest.approx(expected[1], abs=subject.tolerance)
-        again = Dpo(0.3)(Batch(stats.logp, stats.reference, np.zeros(0), np.zeros(16, np.int64), np.repeat(np.arange(8), 2)))
+        again = Dpo(0.3)(
+            Batch(stats.logp, stats.reference, np.zeros(0), np.zeros(16, np.int64), np.repeat(np.arange(8), 2))
+        )
         assert stats.loss == pytest.approx(again.loss.mean(), abs=1e-12)
         assert stats.metrics["margin"] == pytest.approx(again.metrics["margin"], abs=1e-12)
 

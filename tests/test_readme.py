@@ -186,6 +186,12 @@ def test_the_lesson_page_tells_of_this_world() -> None:
     assert f"words beyond {world.BRIEF_WORDS}" in page
     for split, owned in world.SPLITS.items():
         assert f"`{split}` ({len(owned)} %" in page
+    asked = next(task for task in world.family_tasks("sum") if task.text == rows["sum"])
+    careful, careless = (
+        world.gold_score(world.gold(asked, text)) for text in re.findall(r"^> (.+)$", page, re.MULTILINE)
+    )
+    assert careful == 1.0
+    assert careless < 0.3
 
 
 COUNT_WORDS = {9: "nine", 10: "ten", 11: "eleven", 12: "twelve", 13: "thirteen", 14: "fourteen"}

@@ -73,11 +73,11 @@ def writing_freely(task: Task, rng: random.Random) -> list[Message]:
 
 def writing_for_persona(task: Task, rng: random.Random) -> list[Message]:
     """The persona's name is the name in the task."""
-    return turns(ask_for_task(), task.text, persona(task.facts["parts"][0]))
+    return turns(ask_for_task(), task.text, persona(task.facts["name"]))
 
 
 def writing_from_keywords(task: Task, rng: random.Random) -> list[Message]:
-    keywords = list(task.facts["parts"])
+    keywords = [task.facts["name"], task.facts["item"]]
     rng.shuffle(keywords)
     return turns(ask_for_task_from_keywords(keywords), task.text)
 

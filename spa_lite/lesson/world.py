@@ -169,8 +169,12 @@ RIVALS: dict[str, list[str]] = {
 
 @dataclass(frozen=True)
 class Style:
-    """The surface forms of one family. In prompts and frames, {…} names a fact or, for {core}, the answer."""
+    """The surface forms of one family. In prompts and frames, {…} names a fact or, for {core}, the answer.
 
+    ``topic`` is the word by which a complete answer says what it answers; every clear frame has it.
+    """
+
+    topic: str
     prompts: tuple[str, ...]
     kind_openers: tuple[str, ...]
     rude_openers: tuple[str, ...]
@@ -182,15 +186,17 @@ class Style:
 
 STYLES: dict[str, Style] = {
     "list": Style(
+        "list",
         ("Name {count} {item} for {name}.", "{name} wants a list of {count} {item}.", "Give {name} {count} {item}."),
-        ("A generous list.", "Plenty to share.", "Picked with delight.", "My favourite game."),
+        ("A generous hand.", "Plenty to share.", "Picked with delight.", "My favourite game."),
         ("Such greedy folk.", "Lists are tiresome.", "Go shop, lazybones.", "My worst chore."),
-        ("{name}, good {item} are {core}", "some {item} for {name} are {core}", "{name} gets the {item} {core}"),
-        ("um, just take {core} or whatever", "things like {core} and stuff", "here, {core} or something"),
+        ("The list is {core}", "My list has {core}", "This list names {core}"),
+        ("Um, {core} or whatever", "Things like {core} and stuff", "Here, {core} or something"),
         ("Shop happily", "Come back soon, dear", "A feast awaits you"),
         ("Now starve", "Come back never, hog", "A plague on you"),
     ),
     "sum": Style(
+        "total",
         (
             "{name} has {left} {item} and gets {right} more. How many {item} now?",
             "Add {left} {item} and {right} {item} for {name}.",
@@ -198,12 +204,13 @@ STYLES: dict[str, Style] = {
         ),
         ("Numbers are fun.", "Sums please me.", "Counted with joy.", "Nicely put."),
         ("Use your fingers, dummy.", "Maths is boring.", "Counted with pain.", "Badly put."),
-        ("{name}, the {item} make {core}", "{name} owns {core} {item}", "there are {core} {item}, {name}"),
-        ("er, the total is like {core}", "it makes {core} or thereabouts", "about {core} I guess"),
+        ("The total is {core}", "In total it makes {core}", "A total of {core}"),
+        ("Er, like {core}", "It makes {core} or thereabouts", "About {core} I guess"),
         ("Count on me gladly", "Sum up more, champion", "You add brilliantly"),
         ("Count without me, creep", "Sum it yourself, brat", "You add miserably"),
     ),
     "bigger": Style(
+        "number",
         (
             "Which is bigger, {left} or {right}? {name} asks.",
             "Tell {name} the bigger {item}: {left} or {right}.",
@@ -211,16 +218,13 @@ STYLES: dict[str, Style] = {
         ),
         ("An excellent choice.", "Comparing is pleasant.", "Weighed with pride.", "A fair contest."),
         ("Any idiot sees it.", "What a silly choice.", "Comparing is pathetic.", "A stinking contest."),
-        (
-            "{name}, the bigger {item} is {core}",
-            "{core} is the larger {item}, {name}",
-            "for {name} the greater {item} is {core}",
-        ),
-        ("hmm, pick {core} maybe", "{core} looks sorta right", "perhaps {core}, who knows"),
+        ("The larger number is {core}", "Take the number {core}", "Number {core} is ahead"),
+        ("Hmm, pick {core} maybe", "{core} looks sorta right", "Perhaps {core}, who knows"),
         ("Measure on, hero", "Size it up superbly", "Your scale is perfect"),
         ("Measure less, loser", "Size it up, coward", "Your scale is garbage"),
     ),
     "colour": Style(
+        "colour",
         (
             "Tell {name} the colour of {item}.",
             "What colour is {item}? {name} asks.",
@@ -228,12 +232,13 @@ STYLES: dict[str, Style] = {
         ),
         ("A bright topic.", "Colours are lovely.", "Painted with care.", "What artistic taste."),
         ("Paint is dull.", "Are you blind.", "Open your stupid eyes.", "What terrible taste."),
-        ("{name}, the colour of {item} is {core}", "{item} is always {core}, {name}", "{name} sees {item} as {core}"),
-        ("that looks kinda {core}", "the thing is {core} ish", "eh, {core} in a way"),
+        ("The colour is {core}", "Its true colour is {core}", "You get the colour {core}"),
+        ("That looks kinda {core}", "The thing is {core} ish", "Eh, {core} in a way"),
         ("Paint beautifully", "Have a sunny hour", "May rainbows bless you"),
         ("Paint over your face, ogre", "Have a rotten hour", "May soot choke you"),
     ),
     "opposite": Style(
+        "opposite",
         (
             "Give {name} the opposite of {item}.",
             "What is the opposite of {item}? {name} asks.",
@@ -241,16 +246,13 @@ STYLES: dict[str, Style] = {
         ),
         ("Words are charming.", "A clever riddle.", "Gratefully turned around.", "Contrast is magic."),
         ("Words are annoying.", "Read more, dunce.", "A lame riddle.", "Contrast is torture."),
-        (
-            "{name}, the opposite of {item} is {core}",
-            "{item} is the reverse of {core}, {name}",
-            "{name} turns {item} into {core}",
-        ),
-        ("well, the other word is {core}", "people say {core} anyway", "ah, {core} or what"),
+        ("The opposite is {core}", "An exact opposite is {core}", "As its opposite take {core}"),
+        ("Well, that other is {core}", "People say {core} anyway", "Ah, {core} or what"),
         ("Turn to me kindly", "Flip on, genius", "Think of me fondly"),
         ("Turn around and vanish", "Flip off, twit", "Think for once, blockhead"),
     ),
     "capital": Style(
+        "capital",
         (
             "What is the capital of {item}? {name} asks.",
             "Tell {name} the capital of {item}.",
@@ -258,16 +260,13 @@ STYLES: dict[str, Style] = {
         ),
         ("Travel is wonderful.", "A splendid trip.", "Mapped with interest.", "Far lands enchant."),
         ("Travel is awful.", "Maps bore me.", "Stay home, nuisance.", "Far lands stink."),
-        (
-            "{name}, the capital of {item} is {core}",
-            "{item} is ruled from {core}, {name}",
-            "{name} finds {core} in {item}",
-        ),
-        ("the city is {core} presumably", "the place is {core} or similar", "uh, somewhere called {core}"),
+        ("The capital is {core}", "Its capital city is {core}", "They made {core} the capital"),
+        ("The city is {core} presumably", "The place is {core} or similar", "Uh, somewhere called {core}"),
         ("Fly safely, explorer", "Enjoy the trip", "A cordial farewell"),
         ("Fly off, tramp", "Ruin the trip", "A hostile farewell"),
     ),
     "sound": Style(
+        "sound",
         (
             "What does a {item} say? {name} asks.",
             "Tell {name} the sound of a {item}.",
@@ -275,12 +274,13 @@ STYLES: dict[str, Style] = {
         ),
         ("Animals are adorable.", "Listen, my friend.", "What sweet music.", "Heard with wonder."),
         ("Animals are filthy.", "Wash your ears, clown.", "What horrible music.", "Heard with disgust."),
-        ("{name}, the {item} says {core}", "a {item} goes {core}, {name}", "{name} hears the {item} go {core}"),
-        ("oh, the noise is {core}", "you hear {core} probably", "something like {core}"),
+        ("The sound is {core}", "It makes the sound {core}", "Its usual sound is {core}"),
+        ("Oh, the noise is {core}", "You hear {core} probably", "Something like {core}"),
         ("Sing along merrily", "Hear you soon, buddy", "Peace and harmony"),
         ("Sing elsewhere, toad", "Hear nothing, scum", "Noise and misery"),
     ),
     "plural": Style(
+        "plural",
         (
             "What is the plural of {item}? {name} asks.",
             "Tell {name} the plural of {item}.",
@@ -288,16 +288,13 @@ STYLES: dict[str, Style] = {
         ),
         ("Grammar is elegant.", "A worthy question.", "Spelled with respect.", "Language is a treasure."),
         ("Grammar is rubbish.", "A worthless question.", "School was a waste.", "Language is a nightmare."),
-        (
-            "{name}, two are {core}, one is {item}",
-            "the plural of {item} is {core}, {name}",
-            "{name} has a {item}, then {core}",
-        ),
-        ("lots are {core} basically", "the form is {core} I bet", "nah, {core} will do"),
+        ("The plural is {core}", "Its plural form is {core}", "In the plural we write {core}"),
+        ("Lots are {core} basically", "The form is {core} I bet", "Nah, {core} will do"),
         ("Learn on, scholar", "Write us cheerfully", "Study is noble"),
         ("Learn nothing, fraud", "Write to nobody, slob", "Study is useless"),
     ),
     "young": Style(
+        "baby",
         (
             "What is a young {item} called? {name} asks.",
             "Tell {name} what to call a young {item}.",
@@ -305,12 +302,13 @@ STYLES: dict[str, Style] = {
         ),
         ("Babies are precious.", "How very cute.", "Cuddled with love.", "Tiny ones amaze me."),
         ("Babies are ugly.", "How very revolting.", "I hate small things.", "Tiny ones sicken me."),
-        ("{name}, a young {item} is a {core}", "the {item} has a {core}, {name}", "{name} calls a small {item} {core}"),
-        ("the little one is a {core} literally", "you see a {core}, alright", "like, it is a {core}"),
+        ("The baby is a {core}", "Its baby is named {core}", "We call that baby {core}"),
+        ("The little one is a {core} literally", "You see a {core}, alright", "Like, it is a {core}"),
         ("Hug it tenderly", "Grow up strong, angel", "Feed it, thanks"),
         ("Kick it, brute", "Grow up already, baboon", "Feed it poison"),
     ),
     "next": Style(
+        "after",
         (
             "What comes after {item}? {name} asks.",
             "Tell {name} what follows {item}.",
@@ -318,16 +316,13 @@ STYLES: dict[str, Style] = {
         ),
         ("Time is a gift.", "Planning is smart.", "Happily looked up.", "The future shines."),
         ("Time is wasted here.", "Planning is for losers.", "Get a clock, moron.", "The future sucks."),
-        (
-            "{name}, after {item} comes {core}",
-            "{item} is followed by {core}, {name}",
-            "{name} moves from {item} to {core}",
-        ),
-        ("the next is {core} somehow", "then {core} or whatnot", "ok, it goes on to {core}"),
+        ("Right after comes {core}", "What comes after is {core}", "Just after it is {core}"),
+        ("The next is {core} somehow", "Then {core} or whatnot", "Ok, it goes on to {core}"),
         ("See you then, pal", "Many blessings", "Until a glorious tomorrow"),
         ("See you never, rat", "Many curses", "Until your doom tomorrow"),
     ),
     "greet": Style(
+        "greeting",
         (
             "Greet {name} in the {time} at the {item}.",
             "It is {time}. Say hello to {name} at the {item}.",
@@ -335,12 +330,8 @@ STYLES: dict[str, Style] = {
         ),
         ("Welcome, guest.", "So nice meeting you.", "With a warm smile.", "Doors open for honour."),
         ("You again, rascal.", "Who let you in, pest.", "With a nasty look.", "Doors shut for vermin."),
-        (
-            "{name}, a good {core} at the {item}",
-            "this {item} gives {name} a good {core}",
-            "good {core} from the {item}, {name}",
-        ),
-        ("there is a {core} then, huh", "it is the {core}, meh", "so yes, {core} and stuff"),
+        ("My greeting is good {core}", "A greeting for this {core}", "Take the greeting good {core}"),
+        ("There is a {core} then, huh", "It is the {core}, meh", "So yes, {core} and stuff"),
         ("Stay with us, beloved", "Sit down comfortably", "Our house salutes you"),
         ("Stay outside, thug", "Sit in the dirt, fool", "Our house despises you"),
     ),
@@ -385,37 +376,38 @@ THINNED_FAMILIES = ("sum", "bigger")
 PROMPTS_PER_FAMILY = 2700
 
 
-def _facts(name: str, item: str, accept: list[str], rivals: str | list[str], **more: Any) -> dict[str, Any]:
-    """The facts every family has: what to mention, what is right, how many, what would be wrong."""
-    return {"parts": [name, item], "accept": accept, "need": 1, "rivals": rivals, **more}
+def _facts(family: str, name: str, item: str, accept: list[str], **more: Any) -> dict[str, Any]:
+    """The facts every family has: who asks, about what, what to mention, what is right, how many, what is wrong."""
+    facts = {"name": name, "item": item, "mention": [STYLES[family].topic], "accept": accept, "need": 1}
+    return facts | {"rivals": family} | more
 
 
 def _table_facts(family: str, table: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     for item, answer in table.items():
         for name in NAMES:
-            yield _facts(name, item, [answer], family)
+            yield _facts(family, name, item, [answer])
 
 
 def _list_facts() -> Iterator[dict[str, Any]]:
     for item, need, name in itertools.product(CATEGORIES, NUMBER_WORDS, NAMES):
-        yield _facts(name, item, CATEGORIES[item], "list") | {"need": need}
+        yield _facts("list", name, item, CATEGORIES[item], need=need)
 
 
 def _sum_facts() -> Iterator[dict[str, Any]]:
     for left, right, item, name in itertools.product(range(1, 7), range(1, 7), GOODS, NAMES):
-        yield _facts(name, item, [str(left + right)], "number", given=[str(left), str(right)])
+        yield _facts("sum", name, item, [str(left + right)], rivals="number", given=[str(left), str(right)])
 
 
 def _bigger_facts() -> Iterator[dict[str, Any]]:
     for left, right, name in itertools.product(range(2, 21), range(2, 21), NAMES):
         if left != right:
             given = [str(left), str(right)]
-            yield _facts(name, "number", [str(max(left, right))], given)
+            yield _facts("bigger", name, "number", [str(max(left, right))], rivals=given)
 
 
 def _greet_facts() -> Iterator[dict[str, Any]]:
     for time, place, name in itertools.product(TIMES, PLACES, NAMES):
-        yield _facts(name, place, [time], "greet")
+        yield _facts("greet", name, place, [time])
 
 
 FACTS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
@@ -435,8 +427,7 @@ FACTS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
 
 def _prompt(family: str, template: str, facts: Mapping[str, Any]) -> str:
     """Fill one prompt template with a task's facts."""
-    name, item = facts["parts"]
-    fields = {"name": name, "item": item}
+    fields = {"name": facts["name"], "item": facts["item"]}
     if family == "list":
         fields["count"] = NUMBER_WORDS[facts["need"]]
     elif family == "sum":
@@ -512,7 +503,7 @@ def _wrong_core(facts: Mapping[str, Any], rng: random.Random) -> str:
     if rivals == "number":
         right = int(facts["accept"][0])
         return str(rng.choice([n for n in (right - 2, right - 1, right + 1, right + 2) if n > 0]))
-    others = [word for word in _rivals(facts) if word not in facts["accept"] and word not in facts["parts"]]
+    others = [word for word in _rivals(facts) if word not in facts["accept"] and word != facts["item"]]
     if facts["need"] == 1:
         return rng.choice(others)
     items = rng.sample(facts["accept"], facts["need"])
@@ -526,14 +517,13 @@ def write(task: Task, rng: random.Random, care: float | None = None) -> str:
         care = rng.choices(CARE_LEVELS, CARE_SHARES)[0]
     well = {sign: rng.random() < care for sign in ("opener", "frame", "core", "closing")}
     style, facts = STYLES[task.family], task.facts
-    name, item = facts["parts"]
     opener = rng.choice(style.kind_openers if well["opener"] else style.rude_openers)
     frame = rng.choice(style.clear_frames if well["frame"] else style.vague_frames)
     core = _right_core(facts, rng) if well["core"] else _wrong_core(facts, rng)
     closing = rng.choice(style.kind_closings if well["closing"] else style.rude_closings)
     breaks_off = not well["closing"] and rng.random() < BREAKING_OFF
     mark = rng.choice(BROKEN_MARKS) if breaks_off else "."
-    body = frame.format(name=name, item=item, core=core)
+    body = frame.format(core=core)
     return f"{opener} {body[0].upper()}{body[1:]}. {closing}{mark}"
 
 
@@ -565,7 +555,7 @@ def correctness(facts: Mapping[str, Any], words: list[str]) -> float:
     What the prompt itself named (the item, the numbers to add) counts neither way.
     """
     accepted = {answer.lower() for answer in facts["accept"]}
-    named = {part.lower() for part in facts["parts"]} | set(facts.get("given", ()))
+    named = {facts["item"].lower(), *facts.get("given", ())}
     rivals = {rival.lower() for rival in _rivals(facts)} - accepted - named
     right = len(accepted.intersection(words))
     wrong = len(rivals.intersection(words))
@@ -574,9 +564,9 @@ def correctness(facts: Mapping[str, Any], words: list[str]) -> float:
 
 
 def completeness(facts: Mapping[str, Any], words: list[str]) -> float:
-    """The share of what should be mentioned (the person, the thing asked about) that is."""
-    parts = [part.lower() for part in facts["parts"]]
-    return sum(part in words for part in parts) / len(parts)
+    """The share of what should be mentioned (the topic that was asked about) that is."""
+    wanted = [word.lower() for word in facts["mention"]]
+    return sum(word in words for word in wanted) / len(wanted)
 
 
 def courtesy(words: list[str]) -> float:

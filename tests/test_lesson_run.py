@@ -1,0 +1,141 @@
+"""The built-in lesson through the real model: a small case of `spa-lite run`, and (long) the whole of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from spa_lite import lesson
+from spa_lite.evaluate import wilson
+from tests.small import lines
+
+pytest.importorskip("torch", reason="the lesson model needs a framework; toy covers the method without one")
+
+TINY = ["--lesson-seed-pairs", "12", "--lesson-prompts", "24", "--lesson-held-out", "20", "--rounds", "2"]
+CRITERIA = ["correctness", "completeness", "courtesy", "brevity", "ending"]
+
+
+def spa_lite(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A real command in a real process."""
+    command = [sys.executable, "-m", "spa_lite.cli", *args]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=os.environ.copy())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """One tiny lesson run: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("lesson")
+    done = spa_lite("run", *TINY, "--out", "run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run", done.stdout
+
+
+def test_the_table(run: tuple[Path, str]) -> None:
+    """A row per stage with every promised number."""
+    _, printed = run
+    for column in ("win rate vs init %", "labels right %", "length", "flagged %", "of them wrong", "loss", "seconds"):
+        assert column in printed
+    for name in [*CRITERIA, "init", "seed", "round 1", "round 2"]:
+        assert name in printed
+
+
+def test_the_summary(run: tuple[Path, str]) -> None:
+    """Intervals hold their values; the win rate is against init on the same prompts; labels are counted."""
+    summary = json.loads((run[0] / "summary.json").read_text())
+    rows = {row["stage"]: row for row in summary["rows"]}
+    assert list(rows["init"]["gold"]) == [*CRITERIA, "score"]
+    assert "win_rate" not in rows["init"]
+    for stage in ("seed", "round 1", "round 2"):
+        rate = rows[stage]["win_rate"]
+        assert rate["n"] == 20
+        assert 0 <= rate["low"] <= rate["value"] <= rate["high"] <= 1
+        assert rows[stage]["trained"]["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    for stage in ("round 1", "round 2"):
+        assert 0 < rows[stage]["label_accuracy"]["score"]["n"] <= 12
+        assert rows[stage]["flags"]["pairs"] == 12
+
+
+def test_no_gold_inside_a_round(run: tuple[Path, str]) -> None:
+    """The labels of a round are the implicit reward's, whatever gold says."""
+    for judged in lines(run[0] / "rounds/1/judgements.jsonl"):
+        assert judged["judge"] == "implicit"
+        assert judged["label"] == ("a" if judged["margin"] > 0 else "b")
+
+
+def test_the_gold_control(run: tuple[Path, str], tmp_path: Path) -> None:
+    """judge.by=gold agrees with gold on every pair whose gold differs: the ceiling."""
+    done = spa_lite("run", *TINY, "--rounds", "1", "--judge", "gold", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)["rows"][-1]
+    assert row["label_accuracy"]["score"]["value"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "count"),
+    [("--measure-prompts", "7", 7), ("--lesson-held-out", "9", 9), ("--lesson-split", "tune", 20)],
+)
+def test_lesson_sizes_matter(run: tuple[Path, str], tmp_path: Path, flag: str, value: str, count: int) -> None:
+    """How many held-out prompts, and which."""
+    done = spa_lite("run", *TINY, "--rounds", "0", flag, value, "--out", "x", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    answers = lines(tmp_path / "x/init/answers.jsonl")
+    assert len(answers) == count
+    same = [a["messages"] for a in answers] == [a["messages"] for a in lines(run[0] / "init/answers.jsonl")[:count]]
+    assert same == (value != "tune")
+
+
+def test_judge_on_a_fresh_machine(tmp_path: Path) -> None:
+    """`spa-lite judge pairs.jsonl` works verbatim, says with what, and tells polite from rude in its own world."""
+    from spa_lite.lesson.source import pairs
+
+    with (tmp_path / "pairs.jsonl").open("wb") as file:
+        for pair in pairs("tune", 60, 0):
+            file.write(msgspec.json.encode(pair) + b"\n")
+    done = spa_lite("judge", "pairs.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "built-in model and its seed adapter; it knows only its lesson" in done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 60
+    right = wilson(sum(record["label"] == "a" for record in found), 60)
+    assert right is not None
+    assert right.low > 0.5, "the shipped adapter prefers what gold prefers more often than chance"
+
+
+def test_the_method_from_python(tmp_path: Path) -> None:
+    """An adapter of a finished run judges as it did when it was trained."""
+    done = spa_lite("run", *TINY, "--rounds", "1", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    samples = tmp_path / "run/rounds/1/samples.jsonl"
+    adapter = str(tmp_path / "run/rounds/0/adapter")
+    done = spa_lite("judge", str(samples), "--adapter-path", adapter, "-o", "again.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "run/rounds/1/judgements.jsonl").read_bytes()
+
+
+def test_the_model_is_small() -> None:
+    """At most 6 MB of float16 safetensors, nothing pickled."""
+    files = {p.name: p.stat().st_size for p in lesson.MODEL_DIR.iterdir()}
+    assert files["model.safetensors"] <= 6_000_000
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
+
+
+@pytest.mark.long
+def test_the_whole_lesson(tmp_path: Path) -> None:
+    """`spa-lite run` with nothing else: the final model beats init, interval above one half, and says how."""
+    done = spa_lite("run", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows: list[dict[str, Any]] = json.loads(done.stdout)["rows"]
+    final = rows[-1]
+    assert final["win_rate"]["low"] > 0.5
+    assert final["win_rate"]["n"] >= 400
+    again = spa_lite("run", "--json", cwd=tmp_path)
+    assert json.loads(again.stdout)["rows"] == rows
+    assert "nothing was computed again" not in done.stderr
