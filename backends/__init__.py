@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -25,6 +26,12 @@ class Entry:
     needs: tuple[str, ...]
     extra: str | None
 
+
+THREADS = {"GOMP_SPINCOUNT": "1000"}
+"""Set before a framework is imported, unless the user has: threads that wait for each other soon give up the core.
+
+GNU OpenMP otherwise keeps them spinning, and one other busy program makes small models 30 times slower.
+"""
 
 TABLE = {
     "toy": Entry("spa_lite.backends.toy:ToyBackend", (), None),
@@ -51,6 +58,8 @@ def load(name: str, settings: ModelSettings) -> Backend:
     """Import the named backend (a row of `TABLE`, or "module:Class") and give it its model."""
     target = name if ":" in name else _row(name).target
     module, _, attribute = target.partition(":")
+    for variable, value in THREADS.items():
+        os.environ.setdefault(variable, value)
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
