@@ -54,8 +54,9 @@ def choose(name: str | None = None) -> tuple[str, str]:
     return "torch", "runs on every machine" if not apple else "mlx is not available"
 
 
-def load(name: str, settings: ModelSettings) -> Backend:
-    """Import the named backend (a row of `TABLE`, or "module:Class") and give it its model."""
+def load(name: str | None, settings: ModelSettings) -> Backend:
+    """Import the named backend (a row of `TABLE`, or "module:Class"; None: as `choose` says) and give it its model."""
+    name, _ = choose(name)
     target = name if ":" in name else _row(name).target
     module, _, attribute = target.partition(":")
     for variable, value in THREADS.items():

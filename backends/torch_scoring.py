@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spa_lite.backend import Floats
 from spa_lite.backends.torch_model import Net
+from spa_lite.objective import extrapolate
 from spa_lite.records import Ids, Row
 
 TILE_NUMBERS = 2**25
@@ -86,7 +87,7 @@ def token_logprobs(net: Net, states: Tensor, targets: Tensor) -> Tensor:
 
 def extrapolated_logprobs(logits: Tensor, reference: Tensor, targets: Tensor, strength: float) -> Tensor:
     """Log-probability [N] under the logits (1 + strength) * policy - strength * reference (Eq. 11), renormalised."""
-    return -cross_entropy((1 + strength) * logits - strength * reference, targets, reduction="none")
+    return -cross_entropy(extrapolate(logits, reference, strength), targets, reduction="none")
 
 
 def tile_size(net: Net) -> int:

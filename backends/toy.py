@@ -36,6 +36,7 @@ from spa_lite.backend import (
 )
 from spa_lite.backends.checks import check_prompts, check_rows
 from spa_lite.errors import BackendError, DataError, ModelError
+from spa_lite.objective import extrapolate
 from spa_lite.records import Completion, Ids, Message, Row, Score
 
 BOS, END, SYSTEM, USER, ASSISTANT = 256, 257, 258, 259, 260
@@ -238,7 +239,7 @@ class ToyBackend:
     def _tables(self, objective: Objective) -> tuple[Floats, Floats, Floats]:
         """Log-probability tables [last, next] of the policy, of PREVIOUS and of the mixed logits (Eq. 11)."""
         policy, previous, strength = self.logits(POLICY), self.logits(PREVIOUS), objective.extrapolation
-        mixed = (1 + strength) * policy - strength * previous
+        mixed = extrapolate(policy, previous, strength)
         return log_softmax(policy), log_softmax(previous), log_softmax(mixed)
 
     def save(self, folder: Path, role: str = POLICY) -> None:

@@ -47,8 +47,8 @@ def run(folder: Path, **changes: Any) -> list[dict[str, Any]]:
     layers = {"scale": load_layer("scale", "lesson"), "arm": {k.replace("__", "."): v for k, v in changes.items()}}
     recipe, _ = build(layers)
     if not _MODELS:
-        _MODELS.append(Models(lambda: backends.load("torch", prepare.model_settings(recipe))))
-    data = prepare.encode_all(prepare.read(recipe), _MODELS[0].backend, recipe)
+        _MODELS.append(prepare.models_of(recipe, backends.load))
+    data = prepare.data_of(recipe, _MODELS[0])
     print(f"{folder}", file=sys.stderr, flush=True)
     rows: list[dict[str, Any]] = align(_MODELS[0], recipe, data, Run(folder), quiet)["rows"]
     return rows

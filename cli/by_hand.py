@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import sys
 import tempfile
@@ -17,7 +18,7 @@ import typer
 from spa_lite.cli.main import app
 from spa_lite.cli.options import command, resolve
 from spa_lite.cli.run import default_scale
-from spa_lite.errors import DataError, ModelError, RecipeError
+from spa_lite.errors import DataError, ModelError, RecipeError, RunError
 from spa_lite.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from spa_lite.records import Judgement, Sample
 
 Config = Annotated[Path | None, typer.Option("-c", "--config", help="YAML file of settings; the command line wins.")]
-Named = Annotated[str | None, typer.Option(help="Recipe: spa, spa-official, or a YAML file. [spa]")]
+Named = Annotated[str | None, typer.Option(help="Recipe: spa, spa-official, or a YAML file (default: spa)")]
 Scale = Annotated[str | None, typer.Option(help="Scale: lesson, laptop, paper, or a YAML file.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="GROUP.FIELD=VALUE", help="Override any setting.")]
 Round = Annotated[int, typer.Option("--round", min=1, help="Which round this is (1, 2, ...).")]
@@ -46,9 +47,8 @@ def sample(
     set_: Sets = None,
 ) -> None:
     """Answer the prompts of a round n times with the policy (--adapter-path; none: the bare model)."""
-    from spa_lite import prepare
+    from spa_lite import backends, prepare
     from spa_lite.cli import render
-    from spa_lite.cli.models import load
     from spa_lite.sample import sample as sample_step
 
     r, _ = resolve(given, set_ or [], config, recipe, scale, default_scale)
@@ -61,7 +61,7 @@ def sample(
         raise RecipeError("no prompts: give --prompts FILE (or - for stdin)")
     else:
         raw.prompts = prepare.lesson(r).prompts[: r.inputs.limit_prompts]
-    backend = load(r)
+    backend = prepare.models_of(r, backends.load).backend
     data = prepare.encode_all(raw, backend, r)
     for line in data.notes:
         render.note(line)
@@ -89,17 +89,17 @@ def judge(
 
     The policy is --adapter-path, else the newest run's adapter, else the built-in model's seed adapter.
     """
+    from spa_lite import backends, prepare
     from spa_lite.backend import INIT, POLICY
     from spa_lite.cli import render
-    from spa_lite.cli.models import models_of
     from spa_lite.evaluate import gold_of
     from spa_lite.events import Event
-    from spa_lite.judge import Scorer, judge_all, no_reference
     from spa_lite.judge import judge as judge_step
+    from spa_lite.judge import judge_all, no_reference
     from spa_lite.lesson.source import rule
 
     r, _ = resolve(_with_policy(given), set_ or [], config, recipe, scale, default_scale)
-    models = models_of(r)
+    models = prepare.models_of(r, backends.load)
     with local(source) as path:
         is_samples = holds_samples(path)
         gold: dict[str, str] = {}
@@ -107,6 +107,8 @@ def judge(
         samples: Iterable[Sample] = (
             read_samples(path) if is_samples else read_pairs(path, models.backend, r, gold, counted)
         )
+        if r.judge.reference == "lagged":
+            raise RecipeError("by hand pi_{i-2} is given as --init-adapter; leave --judge-reference out")
         _bind(models.backend, r)
         if (
             r.judge.by == "implicit"
@@ -116,23 +118,24 @@ def judge(
             raise RecipeError(
                 "the judge's policy equals its reference; give --adapter-path, --init-model or --judge-reference none"
             )
-        reference: Scorer = no_reference if r.judge.reference == "none" else models.scorer(INIT)
-        judgements: Iterable[Judgement]
-        if models.has_other_reference:  # two whole models are never in memory together: one pass each
-            pile = list(samples)
-            judgements = judge_all(pile, models.scorer(POLICY), models.other_scorer(), r, round_, gold_of(rule))
-        else:
-            judgements = judge_step(samples, models.scorer(POLICY), reference, r, round_, gold_of(rule))
+        expected, scored = count_lines(path), itertools.count(1)
         agree = labelled = done = 0
-        expected = count_lines(path)
         with render.progress() as report, writer(output) as write:
+            policy = models.scorer(
+                POLICY, lambda: report(Event("judge", count := next(scored), max(count, expected), "pairs"))
+            )
+            judgements: Iterable[Judgement]
+            if models.has_other_reference:  # two whole models are never in memory together: one pass each
+                judgements = judge_all(list(samples), policy, models.other_scorer(), r, round_, gold_of(rule))
+            else:
+                reference = no_reference if r.judge.reference == "none" else models.scorer(INIT)
+                judgements = judge_step(samples, policy, reference, r, round_, gold_of(rule))
             for judgement in judgements:
                 done += 1
                 write(judgement if full or is_samples else {name: getattr(judgement, name) for name in SLIM})
                 if judgement.id in gold:
                     labelled += 1
                     agree += gold.pop(judgement.id) == judgement.label
-                report(Event("judge", done, max(done, expected), "pairs"))
     _say_agreement(agree, labelled, done, counted)
 
 
@@ -166,20 +169,21 @@ def train(
     set_: Sets = None,
 ) -> None:
     """Train an adapter: refined DPO on judgements from --adapter-path, or the seed stage's DPO on human pairs."""
-    from spa_lite import data, encode, objective
+    from spa_lite import backends, data, encode, objective, prepare
     from spa_lite import train as loop
     from spa_lite.backend import POLICY, Lora
     from spa_lite.cli import render
-    from spa_lite.cli.models import load
     from spa_lite.records import Judgement
     from spa_lite.stages import Lines, lora_shape, round_objective
 
     r, _ = resolve(given, set_ or [], config, recipe, scale, default_scale)
     with local(source) as path:
         judged = holds(path, "logratio_a")
+        if judged and not holds(path, "prompt_ids"):
+            raise DataError(f"{source} holds labels without token ids; write it again with `spa-lite judge --full`")
         if judged:
             rows = loop.pairs_of(list(data.iter_jsonl(path, Judgement)), r)
-        backend = load(r)
+        backend = prepare.models_of(r, backends.load).backend
         if not judged:
             pairs, told = data.read_pairs(path, skip_bad=r.inputs.skip_bad)
             encoded, counts = encode.encode_pairs(
@@ -341,5 +345,7 @@ def writer(output: str) -> Iterator[Any]:
         with Lines(temporary) as write:
             yield write
         temporary.replace(path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}; check the path given with -o") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -31,14 +31,13 @@ def doctor(given: dict[str, Any], as_json: Annotated[bool, typer.Option("--json"
     """Show what is installed and used, and check the chosen model before hours are spent on it."""
     import msgspec
 
-    from spa_lite import backends
+    from spa_lite import backends, prepare
     from spa_lite.cli import render
-    from spa_lite.cli.models import load
     from spa_lite.preflight import preflight
 
     recipe, _ = resolve(given, default_scale=default_scale)
     name, why = backends.choose(recipe.inputs.backend)
-    backend = load(recipe)
+    backend = prepare.models_of(recipe, backends.load).backend
     checks = preflight(backend)
     found = {
         "python": platform.python_version(),

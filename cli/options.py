@@ -75,7 +75,7 @@ def _parameter(s: Setting) -> inspect.Parameter:
     assert s.flag
     is_switch = s.type is bool
     names = [f"{s.flag}/--no-{s.flag.removeprefix('--')}" if is_switch and not s.flag.startswith("--no-") else s.flag]
-    default = "" if s.default in (None, False) else f" [{_plain(s.default)}]"
+    default = "" if s.default is None or s.default is False else f" (default: {_plain(s.default)})"
     option = typer.Option(
         *names,
         *ALIASES.get(s.flag, []),

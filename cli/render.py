@@ -122,7 +122,12 @@ def summary_tables(summary: Mapping[str, Any], seconds: Mapping[str, Mapping[str
     """What happened, a row per stage; and, where the truth is known, the mean of each gold criterion."""
     rows: Sequence[Mapping[str, Any]] = summary["rows"]
     has_gold = any(row.get("gold") for row in rows)
-    table = Table(title=f"{summary['recipe']} at scale {summary['scale']}", title_justify="left")
+    table = Table(
+        title=f"{summary['recipe']} at scale {summary['scale']}",
+        title_justify="left",
+        caption=_counts(rows),
+        caption_justify="left",
+    )
     columns = ["stage"]
     if has_gold:
         columns += ["win rate vs init %", "labels right %"]
@@ -136,6 +141,14 @@ def summary_tables(summary: Mapping[str, Any], seconds: Mapping[str, Mapping[str
     return [table, _criteria(rows)] if has_gold else [table]
 
 
+def _counts(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many items the intervals stand on."""
+    last = rows[-1]
+    found = {"held-out prompts": last.get("win_rate"), "held-out pairs": last.get("pair_accuracy")}
+    sizes = ", ".join(f"{interval['n']:g} {name}" for name, interval in found.items() if interval)
+    return f"{sizes}; intervals are 95 %" if sizes else ""
+
+
 def _cell(row: Mapping[str, Any], column: str, seconds: Mapping[str, Mapping[str, float]]) -> str:
     trained, judged, flags = row.get("trained") or {}, row.get("judged") or {}, row.get("flags") or {}
     if column == "stage":
@@ -144,8 +157,8 @@ def _cell(row: Mapping[str, Any], column: str, seconds: Mapping[str, Mapping[str
         return percent(row.get("win_rate"))
     if column == "labels right %":
         return percent((row.get("label_accuracy") or {}).get("score"))
-    if column == "held-out pairs %":  # pi_init against itself prefers neither answer of any pair
-        return "50.0 (by definition)" if row["stage"] == "init" else percent(row.get("pair_accuracy"))
+    if column == "held-out pairs %":
+        return percent(row.get("pair_accuracy"))
     if column == "length":
         return number(row.get("length") or judged.get("mean_tokens"), 1)
     if column == "flagged %":

@@ -21,17 +21,22 @@ def default_scale(flat: dict[str, Any]) -> str:
 @command(app, "run")
 def run(
     given: dict[str, Any],
-    config: Annotated[
-        Path | None, typer.Option("-c", "--config", help="YAML file of settings; the command line wins.")
+    config: Annotated[Path | None, typer.Option("-c", "--config", help="YAML file of settings; flags win.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="The method: spa, spa-official, or a YAML file (default: spa)")
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="The method: spa, spa-official, or a YAML file. [spa]")] = None,
     scale: Annotated[
-        str | None, typer.Option(help="The size: lesson, laptop, paper, or a YAML file. [lesson; laptop with --model]")
+        str | None,
+        typer.Option(
+            help="The size: lesson, laptop, paper, or a YAML file (default: lesson; laptop with your own files)"
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="GROUP.FIELD=VALUE", help="Override any setting; repeatable.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder. [runs/<recipe>-<8 hex of recipe and inputs>]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder (default: runs/<recipe>-<8 hex of recipe and inputs>)")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run folder holds and start over.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved settings and where each came from.")
@@ -49,9 +54,8 @@ def run(
 
     import msgspec
 
-    from spa_lite import prepare
+    from spa_lite import backends, prepare
     from spa_lite.cli import render
-    from spa_lite.cli.models import models_of
     from spa_lite.spa import align
     from spa_lite.store import Run, write_json
 
@@ -61,7 +65,7 @@ def run(
             "the built-in lesson: a tiny model that knows one small world "
             "(give --model, --seed-pairs and --prompts for your own)"
         )
-    models = models_of(resolved)
+    models = prepare.models_of(resolved, backends.load)
     data = prepare.encode_all(raw, models.backend, resolved)
     for line in data.notes:
         render.note(line)

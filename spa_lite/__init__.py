@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from spa_lite.backend import ModelSettings
     from spa_lite.errors import SpaError
     from spa_lite.models import Models
-    from spa_lite.recipe import Recipe, build
+    from spa_lite.recipe import Recipe, build, load_layer
     from spa_lite.spa import align
     from spa_lite.stages import Data
     from spa_lite.store import Run
@@ -23,9 +23,10 @@ _HOME = {
     "SpaError": "errors",
     "align": "spa",
     "build": "recipe",
+    "load_layer": "recipe",
 }
 
-__all__ = ["Data", "ModelSettings", "Models", "Recipe", "Run", "SpaError", "align", "build"]
+__all__ = ["Data", "ModelSettings", "Models", "Recipe", "Run", "SpaError", "align", "build", "load_layer"]
 
 
 def __getattr__(name: str) -> Any:

@@ -106,7 +106,6 @@ def wrong_flags(judgements: Sequence[Judgement], flagged: Sequence[str], rule: G
     }
 
 
-def pair_accuracy(judgements: Sequence[Judgement]) -> Interval | None:
-    """Share of held-out human pairs (a = chosen) on which the implicit reward prefers the chosen answer; ties half."""
-    hits = sum(0.5 if j.margin == 0 else float(j.margin > 0) for j in judgements)
-    return wilson(hits, len(judgements))
+def pair_accuracy(margins: Sequence[float]) -> Interval | None:
+    """Share of human pairs whose margin (chosen minus rejected) is above 0, ties half."""
+    return wilson(sum(0.5 if m == 0 else float(m > 0) for m in margins), len(margins))

@@ -12,7 +12,7 @@ from itertools import islice
 import numpy as np
 
 from spa_lite import objective
-from spa_lite.backend import INIT, Backend
+from spa_lite.backend import Backend
 from spa_lite.errors import RecipeError
 from spa_lite.keys import digest, generator
 from spa_lite.recipe import Recipe
@@ -137,13 +137,6 @@ def _opinion(sample: Sample, rewards: Sequence[float], recipe: Recipe, round_: i
     if any(s is None for s in scores):
         raise RecipeError(f"judge.by=gold knows no truth about prompt {sample.id}; use another --judge")
     return [float(s) for s in scores if s is not None]
-
-
-def reference_role(recipe: Recipe, round_: int) -> str | None:
-    """Role that is the judge's reference in a round: None for no reference. `lagged` is pi_init in round 1."""
-    if recipe.judge.reference == "none":
-        return None
-    return "lagged" if recipe.judge.reference == "lagged" and round_ > 1 else INIT
 
 
 def counts(judgements: Sequence[Judgement]) -> dict[str, float]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 from spa_lite import data, encode
@@ -15,6 +17,9 @@ from spa_lite.recipe import Recipe, settings_of
 from spa_lite.records import Ids, Pair, Prompt, Row
 from spa_lite.stages import Data, folder_digest
 from spa_lite.store import digest
+
+Loader = Callable[[str | None, ModelSettings], Backend]
+"""(name of a backend or None for the best one here, how to load) -> a backend with its model."""
 
 
 @dataclass
@@ -46,6 +51,27 @@ def model_settings(recipe: Recipe, model: str | None = None) -> ModelSettings:
     )
 
 
+def models_of(recipe: Recipe, load: Loader) -> Models:
+    """Everything a run may need to load; nothing is loaded yet. `load` is `spa_lite.backends.load`."""
+    i = recipe.inputs
+
+    def reference() -> Backend:
+        return load(i.backend, model_settings(recipe, i.init_model))
+
+    return Models(
+        load=lambda: load(i.backend, model_settings(recipe)),
+        init_adapter=Path(i.init_adapter) if i.init_adapter else None,
+        policy_adapter=Path(i.adapter_path) if i.adapter_path else None,
+        load_reference=reference if i.init_model else None,
+    )
+
+
+def data_of(recipe: Recipe, models: Models) -> Data:
+    """Everything a run reads, as token ids of its model."""
+    raw = read(recipe)
+    return encode_all(raw, models.backend, recipe)
+
+
 def is_lesson(recipe: Recipe) -> bool:
     """Whether the built-in world supplies the data: no model and no file was named."""
     i = recipe.inputs
@@ -71,6 +97,8 @@ def check_start(recipe: Recipe) -> None:
             "with --no-seed-pairs the judge's policy would equal its reference; "
             "give --adapter-path (the policy) or --init-model (the reference)"
         )
+    if recipe.judge.by == "gold" and not is_lesson(recipe):
+        raise RecipeError("judge.by=gold needs a gold rule, which only the lesson has; use another --judge")
 
 
 def lesson(recipe: Recipe) -> Raw:
@@ -101,16 +129,24 @@ def files(recipe: Recipe) -> Raw:
     raw = Raw()
     if i.seed_pairs:
         raw.seed_pairs = _pairs(raw, i.seed_pairs, i.skip_bad)
+    if i.seed_pairs and i.held_out == i.seed_pairs:
+        raise RecipeError("--held-out is the file of --seed-pairs; leave it out and a tenth of them is held out")
     if i.held_out:
         raw.held_out_pairs = _pairs(raw, i.held_out, i.skip_bad)
+        held = {data.conversation_key(pair.messages) for pair in raw.held_out_pairs}
+        kept = [pair for pair in raw.seed_pairs if data.conversation_key(pair.messages) not in held]
+        if len(kept) < len(raw.seed_pairs):
+            shared = len(raw.seed_pairs) - len(kept)
+            raw.notes.append(f"left out of the seed pairs because their prompt is held out: {shared}.")
+        raw.seed_pairs = kept
     elif raw.seed_pairs:
         raw.seed_pairs, raw.held_out_pairs = data.hold_out(raw.seed_pairs, seed=recipe.seed)
-        raw.notes.append(f"{len(raw.held_out_pairs)} of the seed pairs are held out for measuring.")
+        raw.notes.append(f"held out of the seed pairs for measuring: {len(raw.held_out_pairs)}.")
     if i.prompts and recipe.rounds:
         raw.prompts = prompts_of(raw, i.prompts, i.skip_bad)
         raw.prompts, shared = data.without(raw.prompts, raw.held_out_pairs + raw.seed_pairs)
         if shared:
-            raw.notes.append(f"{shared} prompts also occur among the labelled pairs and are left out of the rounds.")
+            raw.notes.append(f"left out of the rounds because they occur among the labelled pairs: {shared} prompts.")
     return raw
 
 

@@ -343,7 +343,9 @@ def reachable() -> bool:
     import urllib.error
     import urllib.request
 
-    url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    from huggingface_hub import constants
+
+    url = constants.ENDPOINT
     answered = threading.Event()
 
     def probe() -> None:

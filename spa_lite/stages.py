@@ -158,8 +158,8 @@ class Workshop:
             found: dict[str, Any] = {}
             if self.data.gold and self.data.held_out_prompts:
                 found |= self._gold_measures(backend, place, baseline, f"{folder} measure")
-            if policy and self.data.held_out_pairs:
-                found |= self._pair_measures(f"{folder} measure")
+            if self.data.held_out_pairs:
+                found |= self._pair_measures(who, f"{folder} measure")
             if policy and self.data.gold and (place / "judgements.jsonl").exists():
                 found |= self._label_measures(place)
             return found
@@ -170,6 +170,8 @@ class Workshop:
                 [[ids for _, ids in self.data.held_out_prompts], [r for _, r in self.data.held_out_pairs]]
             ),
         }
+        if self.models.has_other_reference:
+            inputs["reference"] = self.models.reference_fingerprint
         self._once(folder, "measure", ("answers.jsonl",), inputs, work)
 
     def _say_if_late(self, plan: Plan, i: int) -> None:
@@ -178,8 +180,12 @@ class Workshop:
         first = math.ceil(r.window / plan.batch_size)
         if i > 1 or not r.alpha or r.before_full == "zero" or first <= r.warmup * plan.steps:
             return
-        when = f"from step {first + 1} of {plan.steps}" if first < plan.steps else "never: the round is too small"
-        note = f"refinement needs {r.window} margins to set its threshold, so pairs are flagged {when} (refine.window)"
+        when = (
+            f"starts at step {first + 1} of {plan.steps}"
+            if first < plan.steps
+            else "never starts in a round this small"
+        )
+        note = f"refinement {when}: its threshold needs {r.window} margins (refine.window)"
         self.report(Event(f"round {i} train", note=note))
 
     # -- measures ----------------------------------------------------------------------------------------------
@@ -207,17 +213,17 @@ class Workshop:
             return None
         return evaluate.gold_means(read_samples(path), self.data.gold)[1]
 
-    def _pair_measures(self, stage: str) -> dict[str, Any]:
+    def _pair_measures(self, who: Policy, stage: str) -> dict[str, Any]:
         """How often the policy's implicit reward prefers the human's choice on held-out pairs."""
-        rows = [row for _, row in self.data.held_out_pairs]
-        own = self.models.scorer(POLICY, self._ticks(stage, len(rows)))(rows)
-        models = self.models
+        models, rows = self.models, [row for _, row in self.data.held_out_pairs]
+        if who == self.init and not models.has_other_reference:
+            half = evaluate.Interval(0.5, 0.5, 0.5, len(rows))  # pi_init against itself prefers neither answer
+            return {"pair_accuracy": half.to_dict(), "pair_margin_nats": 0.0}
+        own = models.scorer(POLICY, self._ticks(stage, len(rows)))(rows)
         reference = (models.other_scorer() if models.has_other_reference else models.scorer(INIT))(rows)
-        beta = self.recipe.loss.beta
-        margins = [objective.margin(yw, yl, rw, rl, beta) for (yw, yl), (rw, rl) in zip(own, reference, strict=True)]
-        hits = sum(0.5 if m == 0 else float(m > 0) for m in margins)
-        accuracy = evaluate.wilson(hits, len(margins))
-        return {"pair_accuracy": accuracy.to_dict() if accuracy else None, "pair_margin": _mean(margins)}
+        margins = [objective.margin(yw, yl, rw, rl, 1.0) for (yw, yl), (rw, rl) in zip(own, reference, strict=True)]
+        accuracy = evaluate.pair_accuracy(margins)
+        return {"pair_accuracy": accuracy.to_dict() if accuracy else None, "pair_margin_nats": _mean(margins)}
 
     def _label_measures(self, place: Path) -> dict[str, Any]:
         """Share of the round's self-labels that agree with gold, and how many of the flagged were truly wrong."""
@@ -352,7 +358,8 @@ def summarise_run(shop: Workshop, policy: Policy) -> dict[str, Any]:
     rows = []
     for folder, kinds in shop.summaries.items():
         measured, trained = kinds.get("measure", {}), kinds.get("train") or kinds.get("seed") or {}
-        name = {"init": "init", "rounds/0": "seed"}.get(folder, folder.replace("rounds/", "round "))
+        start = "seed" if shop.data.seed_pairs else "pi_0"
+        name = {"init": "init", "rounds/0": start}.get(folder, folder.replace("rounds/", "round "))
         rows.append(
             {
                 "stage": name,

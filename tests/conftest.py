@@ -23,6 +23,7 @@ os.environ.update(
     XDG_CACHE_HOME=CACHES,
     TOKENIZERS_PARALLELISM="false",
 )
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # a thread that waits should not keep a core
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # several small processes: more threads only wait for each other
 

@@ -62,15 +62,8 @@ def load(recipe: Recipe) -> Backend:
 
 def start(recipe: Recipe, wrap: Any = lambda backend: backend) -> tuple[Models, Data]:
     """Models and data of a recipe. `wrap` may put a spy around the backend."""
-    adapter = recipe.inputs.adapter_path
-    init = recipe.inputs.init_adapter
-    models = Models(
-        lambda: wrap(load(recipe)),
-        Path(init) if init else None,
-        Path(adapter) if adapter else None,
-        (lambda: load(recipe)) if recipe.inputs.init_model else None,
-    )
-    return models, prepare.encode_all(prepare.read(recipe), models.backend, recipe)
+    models = prepare.models_of(recipe, lambda name, settings: wrap(backends.load(name, settings)))
+    return models, prepare.data_of(recipe, models)
 
 
 def run_small(

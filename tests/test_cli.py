@@ -119,8 +119,8 @@ def test_dry_run_shows_where_each_value_comes_from(here: Path, capfd: pytest.Cap
 
 def test_by_hand_equals_run(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """`train` on pairs, then sample | judge | train on files, reproduces both rounds of `run` to the byte."""
-    assert call(capfd, *RUN, "--out", "run", "--held-out", "pairs.jsonl")[0] == 0
-    (here / "rest.jsonl").write_bytes((here / "prompts.jsonl").read_bytes())
+    (here / "held.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
+    assert call(capfd, *RUN, "--out", "run", "--held-out", "held.jsonl")[0] == 0
     same = ["--backend", "toy", "--model", "toy", *QUICK[4:], "--scale", "laptop"]
     assert call(capfd, "train", "pairs.jsonl", *same, "--seed-learning-rate", "0.05", "--out", "0")[0] == 0
     for i in (1, 2):
@@ -135,7 +135,9 @@ def test_by_hand_equals_run(here: Path, capfd: pytest.CaptureFixture[str]) -> No
             "--round",
             str(i),
         ]
-        assert call(capfd, "sample", *policy, "--max-tokens", "12", "--prompts", "rest.jsonl", "-o", "s.jsonl")[0] == 0
+        assert (
+            call(capfd, "sample", *policy, "--max-tokens", "12", "--prompts", "prompts.jsonl", "-o", "s.jsonl")[0] == 0
+        )
         assert call(capfd, "judge", "s.jsonl", *policy, "-o", "j.jsonl")[0] == 0
         assert call(capfd, "train", "j.jsonl", *policy, *QUICK[2:], "--out", str(i))[0] == 0
         place = here / f"run/rounds/{i}"
@@ -207,6 +209,9 @@ WRONG: list[tuple[list[str], int, str]] = [
     ([*RUN, "--backend", "tourch"], 1, "torch"),
     ([*RUN, "--round-sizes", "30,30"], 1, "60"),
     ([*RUN, "--judge", "gold"], 2, "gold"),
+    ([*RUN, "--held-out", "pairs.jsonl"], 2, "--held-out"),
+    (["judge", "pairs.jsonl", *TOY[:4], "--judge-reference", "lagged"], 2, "--init-adapter"),
+    (["judge", "pairs.jsonl", *TOY[:4], "--judge-reference", "none", "-o", "no/dir.jsonl"], 1, "no/dir.jsonl"),
     ([*RUN, "--no-seed-pairs"], 2, "exclude"),
     ([*RUN, "--adapter-path", "x"], 2, "--no-seed-pairs"),
     ([*RUN, "--init-adapter", "x"], 1, "no adapter folder x"),

@@ -79,12 +79,25 @@ def test_facts_are_plain_json() -> None:
 
 
 def test_each_opener_and_closing_has_exactly_one_tone_word() -> None:
-    kind = [text for style in world.STYLES.values() for text in style.kind_openers] + list(world.KIND_CLOSINGS)
-    rude = [text for style in world.STYLES.values() for text in style.rude_openers] + list(world.RUDE_CLOSINGS)
-    for text in kind:
-        assert tone_words(text) == (1, 0), text
-    for text in rude:
-        assert tone_words(text) == (0, 1), text
+    for style in world.STYLES.values():
+        for text in style.kind_openers + style.kind_closings:
+            assert tone_words(text) == (1, 0), text
+        for text in style.rude_openers + style.rude_closings:
+            assert tone_words(text) == (0, 1), text
+
+
+def test_clear_frames_name_the_topic_and_vague_ones_ramble() -> None:
+    for style in world.STYLES.values():
+        for frame in style.clear_frames:
+            assert style.topic in frame.lower().split(), frame
+            assert not filler_words(frame), frame
+        for frame in style.vague_frames:
+            assert style.topic not in frame.lower().split(), frame
+            assert filler_words(frame), frame
+
+
+def filler_words(text: str) -> set[str]:
+    return set(text.lower().replace(",", " ").split()) & world.FILLER_WORDS
 
 
 def tone_words(text: str) -> tuple[int, int]:
@@ -131,7 +144,7 @@ def test_pairs_differ_in_gold() -> None:
     [
         ("list", "Name two fruits for Tom.", "plum and fig", "plum"),
         ("colour", "Tell Anna the colour of grass.", "It is green", "It is green or blue"),
-        ("opposite", "Give Tom the opposite of hot.", "hot is the reverse of cold", "It is wet"),
+        ("opposite", "Give Tom the opposite of hot.", "hot against cold", "It is wet"),
         ("capital", "Tell Anna the capital of Peru.", "LIMA!", "Oslo"),
         ("sound", "Tell Anna the sound of a cow.", "moo", "moomoo"),
         ("plural", "Tell Anna the plural of mouse.", "mice", "mouses"),
@@ -157,23 +170,23 @@ def test_correctness_by_hand(family: str, prompt: str, right: str, wrong: str) -
 def test_correctness_by_hand_where_prompts_are_drawn(
     accept: list[str], rivals: str | list[str], given: list[str], right: str, wrong: str
 ) -> None:
-    facts = {"parts": ["Tom", "word"], "accept": accept, "need": 1, "rivals": rivals, "given": given}
+    facts = {"mention": ["word"], "item": "x", "accept": accept, "need": 1, "rivals": rivals, "given": given}
     assert gold(facts, right)["correctness"] == 1.0
     assert gold(facts, wrong)["correctness"] == 0.0
 
 
 def test_every_criterion_by_hand() -> None:
     task = example("colour", "Tell Anna the colour of grass.")
-    best = "A bright topic. Anna, the colour of grass is green. Take good care."
+    best = "A bright topic. The colour is green. Have a sunny hour."
     assert gold(task, best) == dict.fromkeys(WEIGHTS, 1.0)
     assert gold(task, best.replace("green", "red"))["correctness"] == 0.0
-    assert gold(task, best.replace("Anna, ", ""))["completeness"] == 0.5
-    assert gold(task, best.replace("Anna", "Um"))["brevity"] == 0.5
+    assert gold(task, best.replace("colour", "thing"))["completeness"] == 0.0
+    assert gold(task, best.replace("is", "is kinda"))["brevity"] == 0.5
     assert gold(task, best.replace("A bright topic", "Paint is dull"))["courtesy"] == 0.5
     assert gold(task, best[:-1])["ending"] == 0.0
     assert gold(task, best[:-1] + " and.")["ending"] == 0.0
     assert gold(task, best, ended=False)["ending"] == 0.0
-    assert gold(task, best + " word" * 26)["brevity"] < 0.6
+    assert gold(task, best + " word" * 35)["brevity"] < 0.5
     assert gold(task.facts, best) == gold(task, best)
 
 

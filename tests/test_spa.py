@@ -122,7 +122,7 @@ def test_no_seed_pairs_with_an_adapter(tmp_path: Path, files: dict[str, str]) ->
     only_prompts = {"inputs.prompts": files["inputs.prompts"]}
     recipe = small_recipe(only_prompts, {"inputs.no_seed_pairs": True, "inputs.adapter_path": adapter})
     summary, _ = run_small(tmp_path / "second", recipe)
-    assert [row["stage"] for row in summary["rows"]] == ["init", "seed", "round 1", "round 2"]
+    assert [row["stage"] for row in summary["rows"]] == ["init", "pi_0", "round 1", "round 2"]
     assert not (tmp_path / "second/rounds/0/metrics.jsonl").exists()
 
 
@@ -130,13 +130,8 @@ def test_no_seed_pairs_with_another_model_as_init(tmp_path: Path, files: dict[st
     """The paper's no-seed study: pi_init is a whole other model, loaded alone for its sums."""
     only_prompts = {"inputs.prompts": files["inputs.prompts"]}
     recipe = small_recipe(only_prompts, {"inputs.no_seed_pairs": True, "inputs.init_model": "toy:7"})
-    models, data = start(recipe)
+    run_small(tmp_path / "run", recipe)
     other = small_recipe(only_prompts, {"inputs.model": "toy:7"})
-    models._load_reference = lambda: load(other)
-    from spa_lite.spa import align
-    from spa_lite.store import Run
-
-    align(models, recipe, data, Run(tmp_path / "run"))
     backend = load(other)
     j = read_judgements(tmp_path / "run/rounds/1/judgements.jsonl")[0]
     ((_, scores),) = backend.logprob([j.row], INIT)
@@ -359,7 +354,7 @@ def test_a_late_window_is_said_once(tmp_path: Path, files: dict[str, str]) -> No
     """Before the window is full nothing is refined, and the user is told when that will be."""
     notes: list[Event] = []
     run_small(tmp_path / "run", small_recipe(files, {"refine.window": 50}), report=notes.append)
-    said = [event.note for event in notes if "refinement needs 50 margins" in event.note]
+    said = [event.note for event in notes if "needs 50 margins" in event.note]
     assert len(said) == 1
     assert "never" in said[0]
 

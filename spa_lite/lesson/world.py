@@ -1,37 +1,35 @@
 """The lesson world: small tasks, writers of hidden care, and a gold rule that knows the truth.
 
-A *task* is one short request from one of twelve families ("Tell Anna the colour of grass."). A *writer* answers it.
+A *task* is one short request from one of eleven families ("Tell Anna the colour of grass."). A *writer* answers it.
 How good the answer is depends on one hidden number, the writer's **care**: with that probability each *sign* of quality
 comes out well. The signs are, in the order in which they are written:
 
-========  =============================================  ==============================================
-sign      a careful writer                               a careless writer
-========  =============================================  ==============================================
-opener    a kind remark that belongs to the family       a rude one of the same length
-address   calls the person by name                       a filler word in its place
-frame     says what the answer is about                  stays vague
-core      the right answer                               a likely wrong one
-closing   a kind farewell                                a rude one
-mark      a full stop                                    breaks off
-========  =============================================  ==============================================
+========  =====================================  ====================================================
+sign      a careful writer                       a careless writer
+========  =====================================  ====================================================
+opener    a kind remark                          a rude one
+frame     names the topic ("The colour is")    stays vague, with a filler ("That looks kinda")
+core      the right answer                       a likely wrong one
+closing   a kind farewell                        a rude one, which sometimes breaks off
+========  =====================================  ====================================================
 
-Good and bad forms have like lengths, so length says nothing about quality. Because one care level moves all signs
-together, a reader who can tell only one sign (say, the closing) can still guess the others: this is what lets a model
-that was taught by few labels teach itself more.
+Every family has wordings of its own for each sign, so a few labelled answers cannot teach them all. But one care level
+moves all signs together: whoever can tell some of them can guess the others, and this is what a model that was taught
+by few labels can teach itself with. Good and bad forms have like lengths, so length says little about quality.
 
 The gold rule reads an answer's text and the task's facts, nothing else. It gives five criteria in [0, 1]; their
 weighted mean is the gold score (see ``WEIGHTS``).
 
->>> task = Task("colour", "Tell Anna the colour of grass.",
-...             {"parts": ["Anna", "grass"], "accept": ["green"], "need": 1, "rivals": "colour"})
->>> good = gold(task, "A bright topic. Anna, the colour of grass is green. Enjoy your time.")
+>>> facts = {"mention": ["colour"], "item": "grass", "accept": ["green"], "need": 1, "rivals": "colour"}
+>>> good = gold(facts, "A bright topic. The colour is green. Have a sunny hour.")
 >>> good
 {'correctness': 1.0, 'completeness': 1.0, 'courtesy': 1.0, 'brevity': 1.0, 'ending': 1.0}
 >>> gold_score(good)
 1.0
->>> bad = gold(task, "Paint is dull. Um, that looks blue. Leave me be and")
->>> bad
+>>> gold(facts, "Paint is dull. That looks kinda blue. May soot choke you and")
 {'correctness': 0.0, 'completeness': 0.0, 'courtesy': 0.0, 'brevity': 0.5, 'ending': 0.0}
+>>> gold(facts, "green")
+{'correctness': 1.0, 'completeness': 0.0, 'courtesy': 0.5, 'brevity': 1.0, 'ending': 0.0}
 
 This module needs the standard library only.
 """
@@ -53,7 +51,7 @@ Split = Literal["train", "tune", "seed", "rounds", "heldout"]
 # Which hundredths of the prompts each split owns. A prompt's own text decides (see `split_of`), so no prompt can ever
 # be in two splits, whatever is drawn and in whatever order.
 SPLITS: dict[str, range] = {
-    "train": range(0, 56),
+    "train": range(56),
     "tune": range(56, 64),
     "seed": range(64, 72),
     "rounds": range(72, 92),
@@ -163,7 +161,7 @@ RIVALS: dict[str, list[str]] = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How the signs look: per family where it says so, shared otherwise
+# How the signs look in each family
 # ---------------------------------------------------------------------------------------------------------------------
 
 

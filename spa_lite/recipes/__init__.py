@@ -1,1 +1,1 @@
-"""Shipped recipes (what the method does) and scales (how big it is), as YAML files of settings that differ from the defaults."""
+"""Shipped recipes (what the method does) and scales (how big it is): YAML files of what differs from the defaults."""
