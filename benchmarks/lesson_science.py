@@ -22,7 +22,7 @@ from spa_lite.recipe import build, load_layer
 from spa_lite.spa import align
 from spa_lite.store import Run
 
-SWEEP = [(rate, epochs) for rate in (1e-3, 3e-3) for epochs in (3, 10, 30)]
+SWEEP = [(1e-3, 5), (1e-3, 10), (1e-3, 20), (3e-3, 3), (3e-3, 5), (3e-3, 10)]
 """Learning rates and epochs that the tuned arm may choose from."""
 
 
