@@ -22,8 +22,12 @@ from spa_lite.recipe import build, load_layer
 from spa_lite.spa import align
 from spa_lite.store import Run
 
-SWEEP = [(1e-3, 5), (1e-3, 10), (1e-3, 20), (3e-3, 3), (3e-3, 5), (3e-3, 10)]
-"""Learning rates and epochs that the tuned arm may choose from."""
+Setting = tuple[float, float, int]
+SWEEP: list[Setting] = [
+    *[(1.0, rate, epochs) for rate, epochs in ((1e-3, 5), (1e-3, 10), (1e-3, 20), (3e-3, 3), (3e-3, 5), (3e-3, 10))],
+    *[(0.1, rate, epochs) for rate, epochs in ((1e-3, 10), (3e-3, 3))],
+]
+"""beta, learning rate and epochs that the tuned arm may choose from."""
 
 
 def main() -> None:
@@ -73,12 +77,10 @@ def table(seeds: list[int], out: Path) -> list[str]:
         for arm in ("spa", "random", "gold"):
             judge = {"judge__by": "implicit" if arm == "spa" else arm}
             arms.setdefault(arm, {})[seed] = run(out / f"{arm}-{seed}", seed=seed, **judge)
-        rate, epochs = tuned
-        settings = {"seed_dpo__learning_rate": rate, "seed_dpo__epochs": epochs, "rounds": 0}
-        arms.setdefault("tuned", {})[seed] = run(out / f"tuned-{seed}", seed=seed, **settings)
+        arms.setdefault("tuned", {})[seed] = run(out / f"tuned-{seed}", seed=seed, **seed_only(tuned))
     wins = {
         "seed only, as the recipe trains it": {s: win(arms["spa"][s][1]) for s in seeds},
-        f"seed only, tuned (lr {tuned[0]:g}, {tuned[1]} epochs)": {s: win(arms["tuned"][s][-1]) for s in seeds},
+        f"seed only, tuned (beta {tuned[0]:g}, lr {tuned[1]:g}, {tuned[2]} epochs)": {s: win(arms["tuned"][s][-1]) for s in seeds},
         "SPA": {s: win(arms["spa"][s][-1]) for s in seeds},
         "same loop, random labels": {s: win(arms["random"][s][-1]) for s in seeds},
         "same loop, gold labels": {s: win(arms["gold"][s][-1]) for s in seeds},
@@ -95,14 +97,20 @@ def table(seeds: list[int], out: Path) -> list[str]:
     return [*lines, "", *rounds(arms["spa"], seeds), "", *labels(arms["spa"], seeds)]
 
 
-def best_of_sweep(seeds: list[int], out: Path) -> tuple[float, int]:
+def seed_only(setting: Setting) -> dict[str, Any]:
+    """Settings of a run that stops after the seed stage."""
+    beta, rate, epochs = setting
+    return {"loss__beta": beta, "seed_dpo__learning_rate": rate, "seed_dpo__epochs": epochs, "rounds": 0}
+
+
+def best_of_sweep(seeds: list[int], out: Path) -> Setting:
     """The seed-only setting with the highest mean win rate on the `tune` prompts."""
-    found: dict[tuple[float, int], float] = {}
-    for rate, epochs in SWEEP:
-        settings = {"seed_dpo__learning_rate": rate, "seed_dpo__epochs": epochs, "rounds": 0, "lesson__split": "tune"}
-        rows = [run(out / f"tune-{rate:g}-{epochs}-{seed}", seed=seed, **settings) for seed in seeds]
-        found[rate, epochs] = mean([win(r[-1]) for r in rows])
-        print(f"  tune split: lr {rate:g}, {epochs} epochs: {found[rate, epochs]:.1f}", file=sys.stderr, flush=True)
+    found: dict[Setting, float] = {}
+    for setting in SWEEP:
+        name = "tune-" + "-".join(f"{value:g}" for value in setting)
+        rows = [run(out / f"{name}-{s}", seed=s, lesson__split="tune", **seed_only(setting)) for s in seeds]
+        found[setting] = mean([win(r[-1]) for r in rows])
+        print(f"  tune split: {name}: {found[setting]:.1f}", file=sys.stderr, flush=True)
     return max(found, key=lambda setting: found[setting])
 
 
