@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from spa_lite.backend import ModelSettings
 from spa_lite.backends.torch_quiet import quiet
 from spa_lite.errors import BackendError, BackendMissing, ModelError, SpaError
+from spa_lite.sources import reachable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WHOLE = 64 * 2**20
@@ -94,7 +96,10 @@ def check_name(name: str) -> str:
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(f"there is no model folder {name}")
-    return name
+    if isinstance(try_to_load_from_cache(name, "config.json"), str) or constants.HF_HUB_OFFLINE or reachable():
+        return name
+    # Left to itself the library would retry for half a minute.
+    raise ModelError(f"{name} is no folder here, and the model hub cannot be reached; give --model a folder")
 
 
 def _fetch(name: str, what: str, read: Callable[[], Any]) -> Any:

@@ -78,9 +78,10 @@ def table(seeds: list[int], out: Path) -> list[str]:
             judge = {"judge__by": "implicit" if arm == "spa" else arm}
             arms.setdefault(arm, {})[seed] = run(out / f"{arm}-{seed}", seed=seed, **judge)
         arms.setdefault("tuned", {})[seed] = run(out / f"tuned-{seed}", seed=seed, **seed_only(tuned))
+    best = f"beta {tuned[0]:g}, lr {tuned[1]:g}, {tuned[2]} epochs"
     wins = {
         "seed only, as the recipe trains it": {s: win(arms["spa"][s][1]) for s in seeds},
-        f"seed only, tuned (beta {tuned[0]:g}, lr {tuned[1]:g}, {tuned[2]} epochs)": {s: win(arms["tuned"][s][-1]) for s in seeds},
+        f"seed only, tuned ({best})": {s: win(arms["tuned"][s][-1]) for s in seeds},
         "SPA": {s: win(arms["spa"][s][-1]) for s in seeds},
         "same loop, random labels": {s: win(arms["random"][s][-1]) for s in seeds},
         "same loop, gold labels": {s: win(arms["gold"][s][-1]) for s in seeds},
@@ -89,8 +90,8 @@ def table(seeds: list[int], out: Path) -> list[str]:
     lines = [f"Gold win rate against `init` in points, {n} held-out prompts, final stage of each arm.", ""]
     lines += header(["arm", *[f"seed {s}" for s in seeds], "mean"])
     lines += [row([name, *[f"{v[s]:.1f}" for s in seeds], f"{mean(v.values()):.1f}"]) for name, v in wins.items()]
-    gentle, best, spa, *_ = wins.values()
-    for name, other in (("the recipe's", gentle), ("the tuned", best)):
+    gentle, hard, spa, *_ = wins.values()
+    for name, other in (("the recipe's", gentle), ("the tuned", hard)):
         gaps = [spa[s] - other[s] for s in seeds]
         cells = [f"{gap:+.1f}" for gap in gaps]
         lines.append(row([f"SPA minus {name} seed-only arm", *cells, f"{mean(gaps):+.1f}"]))

@@ -237,8 +237,8 @@ class Measure:
 class Lesson:
     """Sizes of the built-in world, used when no prompts are given."""
 
-    seed_pairs: Count = setting(60, "Gold-labelled pairs.", flag="--lesson-seed-pairs")
-    prompts: Count = setting(2000, "Unlabelled prompts over all rounds.", flag="--lesson-prompts")
+    seed_pairs: Count = setting(100, "Gold-labelled pairs.", flag="--lesson-seed-pairs")
+    prompts: Count = setting(2400, "Unlabelled prompts over all rounds.", flag="--lesson-prompts")
     held_out: Count = setting(400, "Held-out prompts.", flag="--lesson-held-out")
     split: Literal["tune", "heldout"] = setting(
         "heldout", "Which unseen prompts are measured on.", flag="--lesson-split"

@@ -128,6 +128,20 @@ def test_the_model_is_small() -> None:
 
 
 @pytest.mark.long
+def test_the_build_can_be_repeated(tmp_path: Path) -> None:
+    """A few steps of the build, twice: the same files, in the format of the shipped model."""
+    command = [sys.executable, "-m", "spa_lite.lesson.build", "--steps", "3", "--threads", "1", "--out"]
+    for name in ("one", "two"):
+        done = subprocess.run([*command, name], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+    assert set(one) == {p.name for p in lesson.MODEL_DIR.iterdir()}
+    assert one["tokenizer.json"] == (lesson.MODEL_DIR / "tokenizer.json").read_bytes()
+    assert one["config.json"] == (lesson.MODEL_DIR / "config.json").read_bytes()
+
+
+@pytest.mark.long
 def test_the_whole_lesson(tmp_path: Path) -> None:
     """`spa-lite run` with nothing else: the final model beats init, interval above one half, and says how."""
     done = spa_lite("run", "--json", cwd=tmp_path)
