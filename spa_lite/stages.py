@@ -151,15 +151,15 @@ class Workshop:
     def measure(self, folder: str, policy: Policy | None) -> None:
         """Held-out measures of a policy (None: pi_init): gold of its answers where known, accuracy on human pairs."""
         who = policy or self.init
-        baseline = self._baseline() if policy else None
+        baseline, stage = self._baseline() if policy else None, f"{self.row_name(folder)} measure"
 
         def work(place: Path) -> dict[str, Any]:
             backend = self._bind(who.adapter)
             found: dict[str, Any] = {}
             if self.data.gold and self.data.held_out_prompts:
-                found |= self._gold_measures(backend, place, baseline, f"{folder} measure")
+                found |= self._gold_measures(backend, place, baseline, stage)
             if self.data.held_out_pairs:
-                found |= self._pair_measures(who, f"{folder} measure")
+                found |= self._pair_measures(who, stage)
             if policy and self.data.gold and (place / "judgements.jsonl").exists():
                 found |= self._label_measures(place)
             return found
@@ -236,6 +236,11 @@ class Workshop:
             "label_accuracy": {name: interval.to_dict() for name, interval in agreement.items()},
             "flags": evaluate.wrong_flags(judgements, flagged, self.data.gold),
         }
+
+    def row_name(self, folder: str) -> str:
+        """What people call the stage whose result lies in that folder."""
+        start = "seed" if self.data.seed_pairs else "pi_0"
+        return {"init": "init", "rounds/0": start}.get(folder, folder.replace("rounds/", "round "))
 
     # -- plumbing ----------------------------------------------------------------------------------------------
 
@@ -358,8 +363,7 @@ def summarise_run(shop: Workshop, policy: Policy) -> dict[str, Any]:
     rows = []
     for folder, kinds in shop.summaries.items():
         measured, trained = kinds.get("measure", {}), kinds.get("train") or kinds.get("seed") or {}
-        start = "seed" if shop.data.seed_pairs else "pi_0"
-        name = {"init": "init", "rounds/0": start}.get(folder, folder.replace("rounds/", "round "))
+        name = shop.row_name(folder)
         rows.append(
             {
                 "stage": name,
