@@ -23,10 +23,7 @@ from spa_lite.spa import align
 from spa_lite.store import Run
 
 Setting = tuple[float, float, int]
-SWEEP: list[Setting] = [
-    *[(1.0, rate, epochs) for rate, epochs in ((1e-3, 5), (1e-3, 10), (1e-3, 20), (3e-3, 3), (3e-3, 5), (3e-3, 10))],
-    *[(0.1, rate, epochs) for rate, epochs in ((1e-3, 10), (3e-3, 3))],
-]
+SWEEP: list[Setting] = [(1.0, 1e-3, 10), (1.0, 1e-3, 20), (1.0, 3e-3, 3), (1.0, 3e-3, 10), (0.1, 1e-3, 10)]
 """beta, learning rate and epochs that the tuned arm may choose from."""
 
 

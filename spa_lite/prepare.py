@@ -110,7 +110,7 @@ def lesson(recipe: Recipe) -> Raw:
         seed_pairs=[] if recipe.inputs.no_seed_pairs else source.pairs("seed", size.seed_pairs, seed),
         prompts=source.prompts("rounds", size.prompts, seed),
         held_out_pairs=source.pairs(size.split, size.held_out, 1),
-        held_out_prompts=source.prompts(size.split, size.held_out, 0),
+        held_out_prompts=source.prompts(size.split, size.held_out, 2),
         gold=source.rule,
     )
 

@@ -191,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=MODEL_DIR, help="folder to write (default: the package's own)")
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--threads", type=int, default=1, help="the shipped model was made with 1")
+    parser.add_argument("--threads", type=int, default=2, help="the shipped model was made with 2")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

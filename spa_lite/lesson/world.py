@@ -10,7 +10,7 @@ sign      a careful writer                       a careless writer
 opener    a kind remark                          a rude one
 frame     names the topic ("The colour is")    stays vague, with a filler ("That looks kinda")
 core      the right answer                       a likely wrong one
-closing   a kind farewell                        a rude one, which sometimes breaks off
+closing   a kind farewell                        a rude one
 ========  =====================================  ====================================================
 
 Every family has wordings of its own for each sign, so a few labelled answers cannot teach them all. But one care level
@@ -71,8 +71,6 @@ WEIGHTS: dict[str, float] = {
 CARE_LEVELS: tuple[float, ...] = (0.15, 0.85)
 CARE_SHARES: tuple[float, ...] = (0.5, 0.5)
 
-# How often a writer who closes rudely does not even finish the line.
-BREAKING_OFF = 0.3
 
 # An answer of up to this many words is brief; at twice as many nothing is left of the brevity.
 BRIEF_WORDS = 26
@@ -337,7 +335,6 @@ STYLES: dict[str, Style] = {
 
 FAMILIES: tuple[str, ...] = tuple(STYLES)
 
-BROKEN_MARKS = ("", " and", ",", " so")
 
 # Words that set the tone: each opener and each closing holds exactly one of them (a test checks it).
 KIND_WORDS = frozenset(
@@ -519,10 +516,8 @@ def write(task: Task, rng: random.Random, care: float | None = None) -> str:
     frame = rng.choice(style.clear_frames if well["frame"] else style.vague_frames)
     core = _right_core(facts, rng) if well["core"] else _wrong_core(facts, rng)
     closing = rng.choice(style.kind_closings if well["closing"] else style.rude_closings)
-    breaks_off = not well["closing"] and rng.random() < BREAKING_OFF
-    mark = rng.choice(BROKEN_MARKS) if breaks_off else "."
     body = frame.format(core=core)
-    return f"{opener} {body[0].upper()}{body[1:]}. {closing}{mark}"
+    return f"{opener} {body[0].upper()}{body[1:]}. {closing}."
 
 
 def pair(task: Task, rng: random.Random) -> tuple[str, str]:
