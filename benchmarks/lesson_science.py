@@ -131,8 +131,9 @@ def rounds(runs: dict[int, list[dict[str, Any]]], seeds: list[int]) -> list[str]
 def labels(runs: dict[int, list[dict[str, Any]]], seeds: list[int]) -> list[str]:
     """How often the self-labels agree with gold, per round and criterion."""
     stages = [i for i, r in enumerate(runs[seeds[0]]) if r.get("label_accuracy")]
-    names = list(runs[seeds[0]][stages[0]]["label_accuracy"]) if stages else []
-    names = ["score", *[n for n in names if n != "score"]]
+    # A criterion on which hardly any two answers differ (endings) may be missing from a round.
+    every = [runs[s][i]["label_accuracy"] for s in seeds for i in stages]
+    names = ["score", *[n for n in every[0] if n != "score" and all(n in found for found in every)]]
     lines = ["Self-labels that agree with gold, in per cent, mean over seeds (pairs whose gold differs).", ""]
     lines += header(["round", *names, "flagged", "flagged and wrong", "wrong in all"])
     for i in stages:
