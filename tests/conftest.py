@@ -9,7 +9,12 @@ import socket
 import tempfile
 from typing import Any
 
+import hypothesis
 import pytest
+
+# The same examples every time, and no clock: a busy machine is no failure.
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("fixed")
 
 CACHES = tempfile.mkdtemp(prefix="spa-lite-tests-")
 
