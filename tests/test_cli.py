@@ -254,13 +254,13 @@ def test_bad_records_are_refused_or_skipped_and_counted(here: Path, capfd: pytes
 def test_ctrl_c_keeps_finished_work(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Exit code 130, a line that says how to go on, and the same command ends with the same results."""
     slow = [*RUN, "--set", "seed_dpo.epochs=400", "--out"]
-    process = spawn([*slow, "broken"], cwd=here, env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    assert process.stderr is not None
-    while not process.stderr.readline().startswith("seed:"):
-        pass
-    process.send_signal(signal.SIGINT)
-    err = process.stderr.read()
-    assert process.wait(timeout=60) == 130
+    with spawn([*slow, "broken"], cwd=here, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as process:
+        assert process.stderr is not None
+        while not process.stderr.readline().startswith("seed:"):
+            pass
+        process.send_signal(signal.SIGINT)
+        err = process.stderr.read()
+        assert process.wait(timeout=60) == 130
     assert "run the same command again" in err
     assert (here / "broken/init/measure.done.json").exists()
     assert call(capfd, *slow, "broken")[0] == 0
