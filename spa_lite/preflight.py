@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from spa_lite.backend import POLICY, PREVIOUS, Backend, Lora, Optimizer, Sampling
+from spa_lite.backend import INIT, POLICY, PREVIOUS, Backend, Lora, Optimizer, Sampling
 from spa_lite.keys import sample_key
 from spa_lite.objective import Dpo
 from spa_lite.records import Message, Row
@@ -69,6 +69,8 @@ def _training(backend: Backend, rows: list[Row], before: np.ndarray) -> Iterator
     pairs = [
         Row(prompt=r.prompt, responses=(r.responses[0], (*r.responses[0][:-1], r.responses[0][-1] ^ 1))) for r in rows
     ]
+    backend.bind(INIT, None)
+    base = _sums(backend, rows, INIT)
     backend.start_training(Optimizer())
     stats = backend.dpo_step(pairs, Dpo(0.1), 1e-3)
     off = abs(stats.loss - math.log(2))
@@ -76,6 +78,7 @@ def _training(backend: Backend, rows: list[Row], before: np.ndarray) -> Iterator
     yield Check("the gradient is not zero", 0 < stats.grad_norm < math.inf, f"norm {stats.grad_norm:.3g}")
     moved = float(np.abs(_sums(backend, rows, POLICY) - before).max())
     yield Check("a step moves the policy", moved > 0, f"{moved:.3g} nats")
+    yield _close("a step leaves the base as it was", _sums(backend, rows, INIT), base, 0.0)
     yield _close("a step leaves previous as it was", _sums(backend, rows, PREVIOUS), before, 0.0)
     with tempfile.TemporaryDirectory() as folder:
         trained = _sums(backend, rows, POLICY)
