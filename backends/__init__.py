@@ -36,6 +36,7 @@ GNU OpenMP otherwise keeps them spinning, and one other busy program makes small
 TABLE = {
     "toy": Entry("spa_lite.backends.toy:ToyBackend", (), None),
     "torch": Entry("spa_lite.backends.torch:TorchBackend", ("torch", "transformers", "peft"), "torch"),
+    "mlx": Entry("spa_lite.backends.mlx:MlxBackend", ("mlx", "mlx_lm", "transformers"), "mlx"),
 }
 
 
@@ -49,9 +50,11 @@ def choose(name: str | None = None) -> tuple[str, str]:
     if name is not None and name != "auto":
         return name, "asked for"
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
-    if apple and "mlx" in TABLE and not missing("mlx"):
-        return "mlx", "Apple silicon, and mlx is installed"
-    return "torch", "runs on every machine" if not apple else "mlx is not available"
+    first, second = ("mlx", "torch") if apple else ("torch", "mlx")
+    machine = "Apple silicon" if apple else "no Apple silicon"
+    if missing(first) and not missing(second):
+        return second, f"{machine}, but {', '.join(missing(first))} is not installed"
+    return first, machine if apple else f"{machine}: CUDA where there is one, else the CPU"
 
 
 def load(name: str | None, settings: ModelSettings) -> Backend:

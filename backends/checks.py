@@ -19,13 +19,16 @@ def check_prompts(prompts: Sequence[Ids], n: int, keys: Sequence[Sequence[bytes]
             raise BackendError(f"prompt {index} has {len(keys[index])} keys for {n} samples")
 
 
-def check_rows(rows: Sequence[Row], context: int) -> None:
-    """Each row has a prompt and a response, and fits the model."""
+def check_rows(rows: Sequence[Row], context: int, vocabulary: int) -> None:
+    """Each row has a prompt and a response, and fits the model. MLX would read beyond its table without a word."""
     for index, row in enumerate(rows):
         if not row.prompt or not row.responses:
             raise ModelError(f"row {index} needs at least one prompt token and one response")
         if longest(row) > context:
             raise ModelError(f"row {index} has {longest(row)} tokens; this model takes {context}: shorten it")
+        most = max(max(ids, default=0) for ids in (row.prompt, *row.responses))
+        if most >= vocabulary:
+            raise ModelError(f"row {index} holds token id {most}; this model knows ids below {vocabulary}")
 
 
 def longest(row: Row) -> int:

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 from torch import nn
 
 from spa_lite import keys
 from spa_lite.backend import Lora
+from spa_lite.backends import adapter_files
+from spa_lite.backends.adapter_files import PREFIX, Stored, first_line
 from spa_lite.backends.torch_quiet import quiet
 from spa_lite.errors import ModelError
-
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."
-UNSUPPORTED = ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters")
-"""Kinds of adapter that hold or move whole weights of the base, which all roles share."""
 
 
 class Adapters:
@@ -62,11 +55,11 @@ class Adapters:
         return name
 
     def load(self, folder: Path) -> str:
-        """An adapter from a PEFT folder, refused unless every tensor fits the base."""
-        config, stored = read_config(folder), read_weights(folder)
-        name = self._add(config, folder)
+        """An adapter from a folder of PEFT or mlx-lm, refused unless every tensor fits the base."""
+        stored = adapter_files.read(folder, load_file)
+        name = self._add(lora_config(stored), folder)
         try:
-            self._fill(name, stored, folder)
+            self._fill(name, stored.tensors, folder)
         except ModelError:
             self.drop(name)
             raise
@@ -85,12 +78,8 @@ class Adapters:
     def save(self, name: str, folder: Path) -> None:
         """Write the adapter in PEFT format, float32. The same adapter gives the same bytes."""
         assert self.peft is not None
-        folder.mkdir(parents=True, exist_ok=True)
-        config = self.peft.peft_config[name].to_dict()
-        config |= {"base_model_name_or_path": self.base_name, "inference_mode": True}
-        (folder / CONFIG).write_text(json.dumps(_plain(config), indent=2, sort_keys=True) + "\n")
-        tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in self.tensors(name).items()}
-        (folder / WEIGHTS).write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
+        tensors = {key: tensor.detach().float().cpu().numpy() for key, tensor in self.tensors(name).items()}
+        adapter_files.write_peft(folder, self.peft.peft_config[name].to_dict(), tensors, self.base_name)
 
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
         """The adapter's parameters by the names they have in a PEFT file, sorted."""
@@ -145,7 +134,7 @@ class Adapters:
                     self.peft.add_adapter(name, config)
         except (ValueError, RuntimeError, TypeError) as error:
             origin = f"adapter {folder}" if folder else f"an adapter on {', '.join(config.target_modules or ())}"
-            raise ModelError(f"{origin} does not fit {self.base_name}: {_sentence(error)}") from error
+            raise ModelError(f"{origin} does not fit {self.base_name}: {first_line(error)}") from error
         for parameter in self.tensors(name).values():
             parameter.data = parameter.data.float()
         self._settle(self._trained)
@@ -193,38 +182,16 @@ def short_names(model: nn.Module, chosen: Mapping[str, nn.Module]) -> list[str]:
     return endings if picked == set(chosen) else sorted(chosen)
 
 
-def read_config(folder: Path) -> LoraConfig:
-    """The LoRA configuration in a PEFT folder, dropout off. Refuses what would change the shared base."""
-    if not (folder / CONFIG).is_file():
-        raise ModelError(f"{folder} is no adapter folder: it has no {CONFIG}")
+def lora_config(stored: Stored) -> LoraConfig:
+    """PEFT's configuration of a stored adapter, dropout off. Fields of a later PEFT are left out, as PEFT does."""
+    fields = {name: value for name, value in stored.config.items() if name != "runtime_config"}
     try:
-        raw = json.loads((folder / CONFIG).read_text())
-    except ValueError as error:
-        raise ModelError(f"{folder / CONFIG} is not JSON: {error}") from error
-    if raw.get("peft_type") != "LORA":
-        raise ModelError(f"{folder} holds a {raw.get('peft_type')} adapter; only LORA adapters can be used")
-    held = [name for name in UNSUPPORTED if raw.get(name)] + (["bias"] if raw.get("bias", "none") != "none" else [])
-    if isinstance(raw.get("init_lora_weights"), str) and raw["init_lora_weights"] not in ("gaussian", "orthogonal"):
-        held.append(f"init_lora_weights={raw['init_lora_weights']}")
-    if held:
-        raise ModelError(f"{folder} uses {', '.join(held)}, which changes the base all roles share: use plain LoRA")
-    with quiet():
-        config = LoraConfig.from_pretrained(str(folder))
+        with quiet():
+            config: LoraConfig = LoraConfig.from_peft_type(**fields)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ModelError(f"the configuration of {stored.name} cannot be used: {first_line(error)}") from error
     config.lora_dropout, config.inference_mode, config.init_lora_weights = 0.0, False, True
     return config
-
-
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter folder; safetensors only."""
-    path = folder / WEIGHTS
-    if not path.is_file() and (folder / PICKLE).is_file():
-        raise ModelError(f"{folder / PICKLE} is a pickle, which can run code when read: save it as {WEIGHTS}")
-    if not path.is_file():
-        raise ModelError(f"{folder} is no adapter folder: it has no {WEIGHTS}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is damaged: {_sentence(error)}") from error
 
 
 def _bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -246,18 +213,3 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _ends(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
-
-
-def _sentence(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-def _plain(value: Any) -> Any:
-    """JSON types only; sets sorted, so that equal settings give equal bytes."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted(_plain(item) for item in value)
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | type(None)) else str(getattr(value, "value", value))

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from spa_lite.backend import ModelSettings
+from spa_lite.backends.model_folder import check_name, context_of, digest_weights, eos_ids, fetch, folder_of
 from spa_lite.backends.torch_quiet import quiet
-from spa_lite.errors import BackendError, BackendMissing, ModelError, SpaError
-from spa_lite.sources import reachable
+from spa_lite.errors import BackendError, BackendMissing, ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WHOLE = 64 * 2**20
-"""Weight files up to this size are digested whole; of larger ones the header and 64 blocks spread over the file."""
 
 
 @dataclass(frozen=True)
@@ -44,21 +39,21 @@ def load(settings: ModelSettings) -> Loaded:
     name = check_name(settings.model)
     extra: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     with quiet():
-        config = _fetch(name, "config", lambda: AutoConfig.from_pretrained(name, **extra))
+        config = fetch(name, "config", lambda: AutoConfig.from_pretrained(name, **extra))
         _no_dropout(config)
-        tokenizer = _fetch(name, "tokenizer", lambda: AutoTokenizer.from_pretrained(name, **extra))
+        tokenizer = fetch(name, "tokenizer", lambda: AutoTokenizer.from_pretrained(name, **extra))
         extra |= {"config": config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         if settings.load_in_4bit:
             extra |= {"quantization_config": _four_bit(device, dtype), "device_map": {"": device}}
-        model, info = _fetch(name, "weights", lambda: AutoModelForCausalLM.from_pretrained(name, **extra))
+        model, info = fetch(name, "weights", lambda: AutoModelForCausalLM.from_pretrained(name, **extra))
         if info["missing_keys"]:
             raise ModelError(f"the weights of {name} are incomplete: {sorted(info['missing_keys'])[0]} is missing")
-        eos_ids = _eos_ids(name, config, model)
+        ends = eos_ids(config, getattr(model, "generation_config", None))
     # With a pad id set, transformers warns about batches without a mask; causal attention needs none on the right.
     model.config.pad_token_id = None
     if not settings.load_in_4bit:
         model.to(device)
-    return Loaded(model.eval(), tokenizer, eos_ids, device, dtype, digest_weights(name, model))
+    return Loaded(model.eval(), tokenizer, ends, device, dtype, digest_weights(folder_of(name)))
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -85,38 +80,6 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return DTYPES[wanted]
 
 
-def check_name(name: str) -> str:
-    """A folder that is there and holds safetensors, or a name that can be one on the hub."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path} is no model folder: it has no config.json")
-        if not any(path.glob("*.safetensors")):
-            raise ModelError(f"{path} holds no *.safetensors weights: convert them with `save_pretrained` first")
-        return str(path)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ModelError(f"there is no model folder {name}")
-    if isinstance(try_to_load_from_cache(name, "config.json"), str) or constants.HF_HUB_OFFLINE or reachable():
-        return name
-    # Left to itself the library would retry for half a minute.
-    raise ModelError(f"{name} is no folder here, and the model hub cannot be reached; give --model a folder")
-
-
-def _fetch(name: str, what: str, read: Callable[[], Any]) -> Any:
-    """Run one `from_pretrained`; whatever it raises becomes one sentence."""
-    try:
-        return read()
-    except SpaError:
-        raise
-    except Exception as error:  # damaged files make every library underneath raise its own kind
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:240]
-        if "trust_remote_code" in str(error):
-            raise ModelError(f"{name} brings its own code: add --trust-remote-code if you trust it") from error
-        if Path(name).is_dir():
-            raise ModelError(f"the {what} of {name} cannot be used: {reason}") from error
-        raise ModelError(f"{name} is no folder here, and its {what} cannot be had from the hub: {reason}") from error
-
-
 def _no_dropout(config: Any) -> None:
     """Zero every dropout rate, so that a step's log-probs are those of the sampler and the judge."""
     for part in {id(config): config, id(config.get_text_config()): config.get_text_config()}.values():
@@ -137,44 +100,6 @@ def _four_bit(device: torch.device, dtype: torch.dtype) -> Any:
     )  # type: ignore[no-untyped-call]
 
 
-def _eos_ids(name: str, config: Any, model: Any) -> frozenset[int]:
-    """End ids of the generation config (or the config, where there is none)."""
-    generation: GenerationConfig | None = getattr(model, "generation_config", None)
-    found: set[int] = set()
-    for value in (getattr(generation, "eos_token_id", None), getattr(config, "eos_token_id", None)):
-        found |= set() if value is None else {value} if isinstance(value, int) else {int(item) for item in value}
-    return frozenset(found)
-
-
-def digest_weights(name: str, model: nn.Module) -> str:
-    """Digest of config and weights from their files; of a hub model, from its cached snapshot."""
-    folder = Path(name)
-    if not folder.is_dir():
-        from transformers.utils import cached_file
-
-        config = cached_file(name, "config.json", local_files_only=True)
-        folder = Path(str(config)).parent
-    digest = hashlib.blake2b(digest_size=16)
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        digest.update(path.name.encode())
-        _digest_file(path, digest)
-    return digest.hexdigest()
-
-
-def _digest_file(path: Path, digest: Any) -> None:
-    size = path.stat().st_size
-    digest.update(size.to_bytes(8, "little"))
-    with path.open("rb") as file:
-        if size <= WHOLE:
-            digest.update(file.read())
-            return
-        header = int.from_bytes(file.read(8), "little")
-        digest.update(file.read(min(header, WHOLE)))
-        for block in range(64):
-            file.seek(block * (size - 65536) // 63)
-            digest.update(file.read(65536))
-
-
 class Net:
     """The forward pass in two halves, so that logits are made only where they are wanted.
 
@@ -187,7 +112,7 @@ class Net:
         self.model, self.device = model, device
         self.body = model.base_model
         self.vocab = int(model.get_output_embeddings().weight.shape[0])
-        self.context = _context(model.config.get_text_config())
+        self.context = context_of(model.config.get_text_config())
         text = model.config.get_text_config()
         self._multiply = float(getattr(text, "logit_scale", None) or 1.0) / float(
             getattr(text, "logits_scaling", None) or 1.0
@@ -240,14 +165,6 @@ class Net:
             return False
         # Loose on purpose: a head that leaves something out is off by far more than rounding.
         return bool((mine - expected).abs().max() <= 1e-2 * expected.abs().max())
-
-
-def _context(config: Any) -> int:
-    for field in ("max_position_embeddings", "max_sequence_length", "max_seq_len"):
-        value = getattr(config, field, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return 2**20
 
 
 def count(parameters: Iterable[nn.Parameter]) -> int:

@@ -6,7 +6,7 @@ own stream. So an answer depends on its prompt, key and role alone; how answers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,20 +15,13 @@ from torch import Tensor
 
 from spa_lite import keys as streams
 from spa_lite.backend import Sampling
+from spa_lite.backends.decoding import CDF_BLOCK, Decoding
 from spa_lite.backends.torch_cache import new_cache
 from spa_lite.backends.torch_model import Net
 from spa_lite.records import Ids
 
-CDF_BLOCK = 256
-"""Probabilities are summed in blocks of this many, then over blocks: float32 keeps its digits in large vocabularies."""
-LOOK = 8
-"""Steps between two looks at which answers have ended: a look makes the device wait for the host."""
 
-Answer = tuple[Ids, tuple[float, ...], bool]
-"""Token ids, their log-probs at temperature 1 (nats), and whether the model ended it itself."""
-
-
-class Decoder:
+class Decoder(Decoding):
     """One batch of prompts and their answers while they are being written."""
 
     def __init__(
@@ -40,35 +33,11 @@ class Decoder:
         stop_ids: frozenset[int],
         cached: bool = True,
     ) -> None:
-        self.net, self.sampling, self.stop_ids, self.cached = net, sampling, stop_ids, cached
-        self.n = len(keys[0])
-        self.keys = [key for group in keys for key in group]
-        self.limits = [
-            max(0, min(sampling.max_tokens, net.context - len(prompt))) for prompt in prompts for _ in range(self.n)
-        ]
-        self.rows = list(range(len(self.keys)))  # answers still being written, by their place in the batch
-        self.width = max(len(prompt) for prompt in prompts)
-        self.length = max(self.limits)
+        super().__init__(prompts, keys, sampling, stop_ids, net.context)
+        self.net, self.cached = net, cached
         self.padded = any(len(prompt) < self.width for prompt in prompts)
         self.stops = net.tensor(sorted(stop_ids))
         self._read_prompts(prompts)
-
-    def answers(self, enter: Callable[[], None]) -> Iterator[tuple[int, Answer]]:
-        """Yield (place, answer) as answers end. `enter` switches to the right adapter after every pause."""
-        for place in [place for place in self.rows if self.limits[place] == 0]:
-            yield place, ((), (), False)
-        self._keep([index for index, place in enumerate(self.rows) if self.limits[place] > 0])
-        step = 0
-        while self.rows:
-            enter()
-            stride = min(LOOK, self.length - step)
-            ended = self._advance(step, stride)
-            step += stride
-            over = [index for index, end in enumerate(ended) if end]
-            # Copying the cache costs about one step, so a few ended answers ride along until the next look.
-            if len(over) * 8 >= len(self.rows):
-                yield from self._collect(over)
-                self._keep([index for index, end in enumerate(ended) if not end])
 
     @torch.inference_mode()
     def _read_prompts(self, prompts: Sequence[Ids]) -> None:
@@ -94,7 +63,7 @@ class Decoder:
         self.uniforms = torch.zeros((len(self.rows), streams.BLOCK), device=self.net.device)
 
     @torch.inference_mode()
-    def _advance(self, start: int, steps: int) -> list[bool]:
+    def advance(self, start: int, steps: int) -> list[bool]:
         """Write `steps` tokens of every answer; say which answers have ended."""
         for step in range(start, start + steps):
             if step % streams.BLOCK == 0 and self.sampling.temperature > 0:
@@ -122,21 +91,14 @@ class Decoder:
         self.logits = self.net.head(hidden[:, -1])
         self.position = self.position + 1
 
-    def _collect(self, over: Sequence[int]) -> Iterator[tuple[int, Answer]]:
+    def fetch(self, over: Sequence[int]) -> tuple[list[list[int]], list[list[float]]]:
+        """Token ids and log-probs of these answers."""
         index = self.net.tensor(over)
-        tokens, logps = self.tokens[index].tolist(), self.logps[index].tolist()
-        for place, ids, values in zip([self.rows[i] for i in over], tokens, logps, strict=True):
-            limit = self.limits[place]
-            end = next((i + 1 for i, token in enumerate(ids[:limit]) if token in self.stop_ids), None)
-            size = end or limit
-            yield place, (tuple(ids[:size]), tuple(values[:size]), end is not None)
+        return self.tokens[index].tolist(), self.logps[index].tolist()
 
     @torch.inference_mode()
-    def _keep(self, live: Sequence[int]) -> None:
+    def select(self, live: Sequence[int]) -> None:
         """Go on with these answers only."""
-        if len(live) == len(self.rows):
-            return
-        self.rows = [self.rows[i] for i in live]
         index = self.net.tensor(live)
         for name in ("logits", "room", "position", "limit", "done", "tokens", "logps", "uniforms"):
             setattr(self, name, getattr(self, name)[index])

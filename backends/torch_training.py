@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spa_lite.backend import POLICY, PREVIOUS, Batch, Floats, Objective, Optimizer, Outcome, StepStats
+from spa_lite.backends.packing import Packed, pack, step_stats
 from spa_lite.backends.torch_model import Net
 from spa_lite.backends.torch_scoring import (
-    Packed,
     extrapolated_logprobs,
-    pack,
     response_states,
     tile_size,
     to_numpy,
@@ -32,14 +31,17 @@ from spa_lite.records import Row
 
 STATE = "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+DAMAGE = (SafetensorError, OSError, KeyError, TypeError, ValueError)
 Enter = Callable[[str], None]
 
 
 class Training:
-    """AdamW on one adapter's parameters, float32."""
+    """AdamW on one adapter's parameters, float32. `enter` switches the base to a role's adapter."""
 
-    def __init__(self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.settings = optimizer
+    checkpointing = False
+
+    def __init__(self, net: Net, enter: Enter, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.net, self.enter, self.settings = net, enter, optimizer
         self.parameters = dict(parameters)
         self.adamw = torch.optim.AdamW(
             list(self.parameters.values()),
@@ -48,59 +50,68 @@ class Training:
             weight_decay=optimizer.weight_decay,
         )
 
-    def step(
-        self, net: Net, enter: Enter, rows: Sequence[Row], objective: Objective, learning_rate: float, micro: int
-    ) -> StepStats:
+    def step(self, rows: Sequence[Row], objective: Objective, learning_rate: float, micro: int) -> StepStats:
         """Accumulate the gradient of the mean loss over rows, then move, unless something is not finite."""
         self.adamw.zero_grad(set_to_none=True)
-        parts = [
-            self._accumulate(net, enter, rows[start : start + micro], objective, len(rows))
-            for start in range(0, len(rows), micro)
-        ]
-        losses = np.concatenate([outcome.loss for _, outcome in parts])
+        with layers_checkpointed(self.net.model, self.checkpointing):
+            parts = [
+                self._accumulate(rows[start : start + micro], objective, len(rows))
+                for start in range(0, len(rows), micro)
+            ]
         norm = self._clip()
-        finite = bool(np.isfinite(losses).all() and np.isfinite(norm))
+        finite = bool(np.isfinite(norm)) and all(np.isfinite(outcome.loss).all() for _, outcome in parts)
         if finite:
             for group in self.adamw.param_groups:
                 group["lr"] = learning_rate
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        batches = [batch for batch, _ in parts]
-        return StepStats(
-            loss=float(losses.mean()),
-            grad_norm=norm,
-            skipped=not finite,
-            tokens=int(sum(batch.tokens.sum() for batch in batches)),
-            logp=np.concatenate([batch.logp for batch in batches]),
-            reference=np.concatenate([batch.reference for batch in batches]),
-            metrics={
-                name: np.concatenate([outcome.metrics[name] for _, outcome in parts]) for name in parts[0][1].metrics
-            },
-        )
+        return step_stats(parts, norm, not finite)
 
-    def _accumulate(
-        self, net: Net, enter: Enter, rows: Sequence[Row], objective: Objective, total: int
-    ) -> tuple[Batch, Outcome]:
+    def _accumulate(self, rows: Sequence[Row], objective: Objective, total: int) -> tuple[Batch, Outcome]:
         """Forward and backward of one micro-batch. The policy's graph is built last and used at once."""
-        packed = pack(net, rows)
-        strength = objective.extrapolation
+        net, packed = self.net, pack(rows)
+        targets, strength = net.tensor(packed.targets), objective.extrapolation
         with_reference = objective.reference or strength > 0
-        reference_states = _states(net, enter, packed, PREVIOUS) if with_reference else None
-        enter(POLICY)
+        reference_states = self._states(packed, PREVIOUS) if with_reference else None
+        self.enter(POLICY)
         states = response_states(net, packed)
-        logp = token_logprobs(net, states, packed.targets)
+        logp = token_logprobs(net, states, targets)
         reference = extrapolated = np.zeros(0)
         if reference_states is not None:
-            tokens, mixed = _no_gradient_logprobs(net, enter, packed, states.detach(), reference_states, strength)
+            tokens, mixed = self._no_gradient_logprobs(targets, states.detach(), reference_states, strength)
             reference = packed.sums(tokens) if objective.reference else reference
             extrapolated = packed.sums(mixed) if strength > 0 else extrapolated
-            enter(POLICY)
+            self.enter(POLICY)
         batch = Batch(packed.sums(to_numpy(logp)), reference, extrapolated, packed.lengths, packed.row)
         outcome = objective(batch)
         if np.isfinite(outcome.loss).all() and len(logp):
             weight = net.tensor(outcome.coefficients[packed.owner] / total, torch.float32)
             (logp * weight).sum().backward()  # type: ignore[no-untyped-call]
         return batch, outcome
+
+    @torch.no_grad()
+    def _states(self, packed: Packed, role: str) -> Tensor:
+        self.enter(role)
+        return response_states(self.net, packed)
+
+    @torch.no_grad()
+    def _no_gradient_logprobs(
+        self, targets: Tensor, states: Tensor, reference_states: Tensor, strength: float
+    ) -> tuple[Floats, Floats]:
+        """Per-token log-probs under PREVIOUS and, if strength > 0, under the mixed logits; from the same tiles."""
+        plain, mixed = [], []
+        size = tile_size(self.net)
+        for mine, theirs, ids in zip(
+            states.split(size), reference_states.split(size), targets.split(size), strict=True
+        ):
+            self.enter(PREVIOUS)
+            reference = self.net.head(theirs)
+            plain.append(-torch.nn.functional.cross_entropy(reference, ids, reduction="none"))
+            if strength > 0:
+                self.enter(POLICY)
+                mixed.append(extrapolated_logprobs(self.net.head(mine), reference, ids, strength))
+        none = np.zeros(0)
+        return to_numpy(torch.cat(plain)) if plain else none, to_numpy(torch.cat(mixed)) if mixed else none
 
     def _clip(self) -> float:
         """Clip the gradient's global norm in place; return the norm before that."""
@@ -123,22 +134,26 @@ class Training:
         """Whether the folder holds an optimizer."""
         return (folder / STATE).is_file()
 
-    @classmethod
-    def restore(cls, folder: Path, parameters: Mapping[str, nn.Parameter]) -> Training:
-        """The optimizer as it was saved, over the parameters of the adapter saved beside it."""
+    @staticmethod
+    def settings_in(folder: Path) -> Optimizer:
+        """The settings of the optimizer in a folder."""
         try:
             with safe_open(folder / STATE, "pt") as file:  # type: ignore[no-untyped-call]
-                settings = Optimizer(**json.loads(file.metadata()["adamw"]))
+                return Optimizer(**json.loads(file.metadata()["adamw"]))
+        except DAMAGE as error:
+            raise ModelError(f"{folder / STATE} is damaged or belongs to another adapter: {error}") from error
+
+    def restore(self, folder: Path) -> None:
+        """Go on from the state saved beside the adapter."""
+        try:
             stored = load_file(folder / STATE)
-            training = cls(settings, parameters)
-            for key, parameter in training.parameters.items():
+            for key, parameter in self.parameters.items():
                 if f"{key}.step" in stored:
-                    training.adamw.state[parameter] = {
+                    self.adamw.state[parameter] = {
                         moment: _placed(stored[f"{key}.{moment}"], moment, parameter) for moment in MOMENTS
                     }
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        except DAMAGE as error:
             raise ModelError(f"{folder / STATE} is damaged or belongs to another adapter: {error}") from error
-        return training
 
 
 @contextmanager
@@ -157,32 +172,6 @@ def layers_checkpointed(model: nn.Module, wanted: bool) -> Iterator[None]:
         for layer in layers:
             layer.training = False
         model.gradient_checkpointing_disable()  # type: ignore[operator]
-
-
-@torch.no_grad()
-def _states(net: Net, enter: Enter, packed: Packed, role: str) -> Tensor:
-    enter(role)
-    return response_states(net, packed)
-
-
-@torch.no_grad()
-def _no_gradient_logprobs(
-    net: Net, enter: Enter, packed: Packed, states: Tensor, reference_states: Tensor, strength: float
-) -> tuple[Floats, Floats]:
-    """Per-token log-probs under PREVIOUS and, if strength > 0, under the mixed logits; from the same tiles."""
-    plain, mixed = [], []
-    size = tile_size(net)
-    for mine, theirs, ids in zip(
-        states.split(size), reference_states.split(size), packed.targets.split(size), strict=True
-    ):
-        enter(PREVIOUS)
-        reference = net.head(theirs)
-        plain.append(-torch.nn.functional.cross_entropy(reference, ids, reduction="none"))
-        if strength > 0:
-            enter(POLICY)
-            mixed.append(extrapolated_logprobs(net.head(mine), reference, ids, strength))
-    none = np.zeros(0)
-    return to_numpy(torch.cat(plain)) if plain else none, to_numpy(torch.cat(mixed)) if mixed else none
 
 
 def _placed(value: Tensor, moment: str, parameter: nn.Parameter) -> Tensor:

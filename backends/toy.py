@@ -117,6 +117,15 @@ class ToyBackend:
         self._adamw: AdamW | None = None
 
     @property
+    def advice(self) -> tuple[str, ...]:
+        """Nothing to know."""
+        return ()
+
+    def machine_checks(self) -> Iterator[tuple[str, bool | None, str]]:
+        """Nothing depends on the machine."""
+        return iter(())
+
+    @property
     def description(self) -> dict[str, Any]:
         """Device, precision and sizes."""
         delta = self._roles.get(POLICY)
@@ -187,7 +196,7 @@ class ToyBackend:
         self, rows: Sequence[Row], role: str, per_token: bool = False
     ) -> Iterator[tuple[int, tuple[Score, ...]]]:
         """Yield (index of row, one Score per response)."""
-        check_rows(rows, self.context)
+        check_rows(rows, self.context, VOCABULARY)
         logprobs = log_softmax(self.logits(role))
         for index, row in enumerate(rows):
             values = [logprobs[steps(row.prompt, response)].tolist() for response in row.responses]
@@ -207,7 +216,7 @@ class ToyBackend:
         """One optimizer step on the mean loss over rows."""
         if self._adamw is None:
             raise BackendError("no training is under way: call start_training or restore first")
-        check_rows(rows, self.context)
+        check_rows(rows, self.context, VOCABULARY)
         tables = self._tables(objective)
         micro = self.settings.batching.micro
         gradient, parts = np.zeros_like(self.base), []

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 import msgspec
 import typer
 
+from spa_lite.cli.checks import before_use
 from spa_lite.cli.main import app
 from spa_lite.cli.options import command, resolve
 from spa_lite.cli.run import default_scale
@@ -194,6 +195,7 @@ def train(
             rows = [(pair.id, row) for pair, row in encoded]
     if not rows:
         raise DataError(f"{source} holds no pair of different answers, so there is nothing to learn")
+    before_use(backend, r)
     shape: Lora | None = None if r.inputs.adapter_path or r.inputs.init_adapter else lora_shape(r)
     start = r.inputs.adapter_path or r.inputs.init_adapter
     backend.bind(POLICY, Path(start) if start else None, shape)
@@ -220,6 +222,7 @@ def _limits(r: Recipe, backend: Backend) -> dict[str, Any]:
 def _bind(backend: Backend, r: Recipe) -> None:
     from spa_lite.backend import INIT, POLICY
 
+    before_use(backend, r)
     backend.bind(INIT, Path(r.inputs.init_adapter) if r.inputs.init_adapter else None)
     start = r.inputs.adapter_path or r.inputs.init_adapter
     backend.bind(POLICY, Path(start) if start else None)

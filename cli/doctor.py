@@ -25,6 +25,8 @@ LIBRARIES = (
     "datasets",
 )
 
+RESULTS = {True: "[green]ok[/]", False: "[bold red]FAILED[/]", None: "[yellow]note[/]"}
+
 
 @command(app, "doctor", ["inputs", "model"])
 def doctor(given: dict[str, Any], as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
@@ -33,12 +35,12 @@ def doctor(given: dict[str, Any], as_json: Annotated[bool, typer.Option("--json"
 
     from spa_lite import backends, prepare
     from spa_lite.cli import render
-    from spa_lite.preflight import preflight
+    from spa_lite.preflight import Check, preflight
 
     recipe, _ = resolve(given, default_scale=default_scale)
     name, why = backends.choose(recipe.inputs.backend)
     backend = prepare.models_of(recipe, backends.load).backend
-    checks = preflight(backend)
+    checks = preflight(backend) + [Check(*found) for found in backend.machine_checks()]
     found = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -51,7 +53,7 @@ def doctor(given: dict[str, Any], as_json: Annotated[bool, typer.Option("--json"
         print(msgspec.json.encode(found).decode())
     else:
         _show(found)
-    if not all(check.passed for check in checks):
+    if any(check.passed is False for check in checks):
         render.note("a check failed: do not trust results of this model on this machine")
         raise typer.Exit(1)
 
@@ -80,5 +82,5 @@ def _show(found: dict[str, Any]) -> None:
     for column in ("check", "result", "seen"):
         checks.add_column(column)
     for check in found["checks"]:
-        checks.add_row(check["name"], "[green]ok[/]" if check["passed"] else "[bold red]FAILED[/]", safe(check["seen"]))
+        checks.add_row(check["name"], RESULTS[check["passed"]], safe(check["seen"]))
     show(checks)

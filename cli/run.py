@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from spa_lite.cli.checks import before_use
 from spa_lite.cli.main import app
 from spa_lite.cli.options import command, resolve
 
@@ -69,6 +70,7 @@ def run(
     data = prepare.encode_all(raw, models.backend, resolved)
     for line in data.notes:
         render.note(line)
+    before_use(models.backend, resolved)
     folder = out or Path("runs") / prepare.run_name(resolved, models, data)
     if fresh and folder.exists():
         _clear(folder)

@@ -68,7 +68,7 @@ class ModelSettings:
     """Which model, where, and how it reads a conversation. `model`: a folder or a hub name."""
 
     model: str
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    device: str = "auto"  # auto, cpu; with torch cuda, cuda:1, mps; with mlx gpu
     dtype: str = "auto"  # auto: float32 on CPU and MPS, bfloat16 on CUDA; or float32, bfloat16, float16
     load_in_4bit: bool = False
     trust_remote_code: bool = False
@@ -200,8 +200,20 @@ class Backend(Protocol):
         """Device, real dtype and bits, parameter counts: what `doctor` shows."""
         ...
 
+    @property
+    def advice(self) -> Sequence[str]:
+        """What a user should hear before a long run on this machine, a sentence each."""
+        ...
+
+    def machine_checks(self) -> Iterator[tuple[str, bool | None, str]]:
+        """Yield (check, whether it holds, what was seen) for `doctor`: what only this machine can answer.
+
+        None says that there is only something to know, such as that a check needs another machine.
+        """
+        ...
+
     def bind(self, role: str, adapter: Path | None = None, lora: Lora | None = None) -> None:
-        """Make `role` the adapter stored in a folder (PEFT format); None: the bare base, or, with `lora`,
+        """Make `role` the adapter stored in a folder (PEFT's or mlx-lm's format); None: the bare base, or, with `lora`,
         a fresh zero-effect adapter. Raises ModelError if the adapter does not fit the base."""
         ...
 

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from spa_lite.backend import INIT, Backend
 from spa_lite.errors import ModelError
@@ -28,6 +29,7 @@ class Models:
         self._load, self._load_reference = load, load_reference
         self._backend: Backend | None = None
         self._fingerprint, self._reference_fingerprint = "", ""
+        self._made_by: dict[str, Any] = {}
         self.init_adapter, self.policy_adapter = init_adapter, policy_adapter
 
     @property
@@ -36,7 +38,16 @@ class Models:
         if self._backend is None:
             self._backend = self._load()
             self._fingerprint = self._backend.fingerprint
+            used = self._backend.description
+            self._made_by = {"backend": self._backend.name} | {k: used.get(k) for k in ("device", "dtype", "bits")}
         return self._backend
+
+    @property
+    def made_by(self) -> dict[str, Any]:
+        """What results are computed on: backend, device, dtype and bits. Recorded with every stage."""
+        if not self._made_by:
+            _ = self.backend
+        return self._made_by
 
     @property
     def fingerprint(self) -> str:

@@ -22,10 +22,10 @@ TOLERANCE = {"float32": 1e-3, "float64": 1e-6, "bfloat16": 0.5, "float16": 0.5}
 
 
 class Check(msgspec.Struct, frozen=True):
-    """One check: what it is, whether it holds, and the number seen."""
+    """One check: what it is, whether it holds (None: only something to know), and the number seen."""
 
     name: str
-    passed: bool
+    passed: bool | None
     seen: str
 
 

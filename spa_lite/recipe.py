@@ -44,8 +44,10 @@ class Inputs:
     """Where things come from. A stage's key holds the content, never the path."""
 
     model: str | None = setting(None, "Model folder or hub name; none: the built-in lesson model.", flag="--model")
-    backend: str | None = setting(None, "torch or toy, or module:Class; none: the best one here.", flag="--backend")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps.", flag="--device")
+    backend: str | None = setting(
+        None, "mlx, torch or toy, or module:Class; none: the best one here.", flag="--backend"
+    )
+    device: str = setting("auto", "auto or cpu; with torch cuda, cuda:1 or mps; with mlx gpu.", flag="--device")
     seed_pairs: str | None = setting(
         None, "Human-labelled pairs: file, - or hub:owner/name[:split].", flag="--seed-pairs"
     )
@@ -68,9 +70,14 @@ class Model:
     """How the model is loaded and how it reads a conversation."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "Base weights: float32 on CPU and MPS, bfloat16 on CUDA.", *ALL_STAGES, flag="--dtype"
+        "auto",
+        "Base weights: float32 on CPU and MPS, bfloat16 on CUDA, the file's own with MLX on a GPU.",
+        *ALL_STAGES,
+        flag="--dtype",
     )
-    load_in_4bit: bool = setting(False, "Quantise the base to 4 bits (CUDA).", *ALL_STAGES, flag="--load-in-4bit")
+    load_in_4bit: bool = setting(
+        False, "Quantise the base to 4 bits (CUDA or MLX).", *ALL_STAGES, flag="--load-in-4bit"
+    )
     trust_remote_code: bool = setting(False, "Run code that comes with the model.", flag="--trust-remote-code")
     system: str | None = setting(None, "System turn for conversations that have none.", *ALL_STAGES, flag="--system")
     template: str | None = setting(

@@ -255,7 +255,7 @@ class Workshop:
         """Do a stage, or read it if it is finished; either way its summary is kept for the table."""
         inputs = {"model": self.models.fingerprint, **inputs}
         stage = Stage(folder, kind, outputs, self.recipe.for_stage(kind), inputs)
-        self.summaries.setdefault(folder, {})[kind] = self.run.once(stage, work)
+        self.summaries.setdefault(folder, {})[kind] = self.run.once(stage, work, self.models.made_by)
         self.report(Event(stage.title, 1, 1, "stage"))
         return stage
 
@@ -378,7 +378,7 @@ def summarise_run(shop: Workshop, policy: Policy) -> dict[str, Any]:
         "recipe": shop.recipe.name,
         "scale": shop.recipe.scale,
         "rows": rows,
-        "warnings": warnings(rows),
+        "warnings": warnings(rows) + several_makers(shop.run.makers),
         "notes": shop.data.notes,
     }
     write_json(shop.run.folder / "summary.json", summary)
@@ -389,6 +389,18 @@ def summarise_run(shop: Workshop, policy: Policy) -> dict[str, Any]:
             if file.name.startswith("adapter"):
                 write_atomic(final / file.name, file.read_bytes())
     return summary
+
+
+def several_makers(makers: dict[str, dict[str, Any]]) -> list[str]:
+    """Say so if the stages of a run were computed on different backends, devices or precisions."""
+    stages: dict[str, list[str]] = {}
+    for title, maker in makers.items():
+        if maker:
+            stages.setdefault(", ".join(str(value) for value in maker.values()), []).append(title)
+    if len(stages) < 2:
+        return []
+    parts = [f"{len(titles)} on {maker} ({titles[0]} to {titles[-1]})" for maker, titles in stages.items()]
+    return [f"the stages of this run were not all computed on the same machine or backend: {'; '.join(parts)}"]
 
 
 def warnings(rows: Sequence[dict[str, Any]]) -> list[str]:

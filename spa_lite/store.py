@@ -81,6 +81,7 @@ class Run:
         self.folder = folder
         self.computed: list[str] = []
         self.reused: list[str] = []
+        self.makers: dict[str, dict[str, Any]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / ".writable"
@@ -93,9 +94,12 @@ class Run:
         """A path inside a stage's folder."""
         return self.folder / stage.folder / name
 
-    def once(self, stage: Stage, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    def once(
+        self, stage: Stage, work: Callable[[Path], dict[str, Any]], made_by: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """The stage's summary: read if the stage is finished, else computed by `work(folder)` and marked as done.
 
+        `made_by` says on what it is computed now; it is recorded and not part of the key, so a run goes on elsewhere.
         Raises StaleRun if a finished stage of that name was made from other settings or inputs.
         """
         marker = self.path(stage, f"{stage.kind}.done.json")
@@ -103,6 +107,7 @@ class Run:
             done = read_json(marker)
             if done.get("key") == stage.key:
                 self.reused.append(stage.title)
+                self.makers[stage.title] = done.get("made_by") or {}
                 return dict(done["summary"])
             raise StaleRun(self._difference(stage, done))
         self._clear(stage)
@@ -110,9 +115,16 @@ class Run:
             summary = work(self.path(stage))
             write_json(
                 marker,
-                {"key": stage.key, "settings": stage.settings, "inputs": stage.inputs, "summary": summary},
+                {
+                    "key": stage.key,
+                    "settings": stage.settings,
+                    "inputs": stage.inputs,
+                    "made_by": made_by or {},
+                    "summary": summary,
+                },
             )
         self.computed.append(stage.title)
+        self.makers[stage.title] = made_by or {}
         return dict(msgspec.json.decode(msgspec.json.encode(summary)))
 
     def _clear(self, stage: Stage) -> None:

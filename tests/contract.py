@@ -528,6 +528,7 @@ class Bookkeeping:
             (ModelError, lambda: draw(backend, [too_long], names(1, 1), Sampling())),
             (ModelError, lambda: sums(backend, [Row(prompt=too_long, responses=((1, 2),))])),
             (ModelError, lambda: sums(backend, [Row(prompt=(), responses=((1, 2),))])),
+            (ModelError, lambda: sums(backend, [Row(prompt=asked[0], responses=((1, 10**6),))])),
         ]
         for kind, act in refused:
             with pytest.raises(kind) as caught:

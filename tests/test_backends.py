@@ -8,18 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from spa_lite import backends
 from spa_lite.backend import ModelSettings
 from spa_lite.errors import BackendError, BackendMissing
 from tests.contract import Bookkeeping, Numerics, Subject
-from tests.tiny import ARCHITECTURES, VOCABULARY, make_model
+from tests.tiny import ARCHITECTURES, NARROW, VOCABULARY, make_model
 
 ASKED = os.environ.get("SPA_LITE_BACKENDS")
 INSTALLED = [name for name in backends.TABLE if not backends.missing(name)]
 CHOSEN = [name.strip() for name in ASKED.split(",")] if ASKED else INSTALLED
-MODELS = {"toy": ("bigram",), "torch": ARCHITECTURES}
+MLX_SHAPES = ("llama3", "qwen2", "mistral-full", "gemma2-full", "phi3", "smollm2", "qwen3")
+MODELS = {"toy": ("bigram",), "torch": ARCHITECTURES, "mlx": MLX_SHAPES}
 CASES = [(name, model) for name in {**backends.TABLE, **dict.fromkeys(CHOSEN)} for model in MODELS.get(name, ("?",))]
 ran: set[str] = set()
 
@@ -30,6 +32,17 @@ def torch_base(backend: Any) -> bytes:
     for name, parameter in backend.net.model.named_parameters():
         if "lora_" not in name:
             digest.update(parameter.detach().numpy().tobytes())
+    return digest.digest()
+
+
+def mlx_base(backend: Any) -> bytes:
+    """Digest of all weights but the adapters'."""
+    from mlx.utils import tree_flatten
+
+    digest = hashlib.sha256()
+    for name, array in tree_flatten(backend.net.model.parameters()):
+        if "lora_" not in name:
+            digest.update(np.array(array).tobytes())
     return digest.digest()
 
 
@@ -62,10 +75,13 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     torch.set_num_threads(1)  # for matrices this small a second thread only waits
     folder = tmp_path_factory.mktemp(model)
 
-    def tiny() -> str:
-        return str(make_model(Path(folder), model))
+    changes: dict[str, Any] = {"torch": {}, "mlx": NARROW}[name]
 
-    yield Subject(f"{name}-{model}", name, tiny, VOCABULARY, rate=1e-2, base_bytes=torch_base)
+    def tiny() -> str:
+        return str(make_model(Path(folder), model, **changes))
+
+    base = {"torch": torch_base, "mlx": mlx_base}[name]
+    yield Subject(f"{name}-{model}", name, tiny, VOCABULARY, rate=1e-2, base_bytes=base)
 
 
 class TestNumerics(Numerics):

@@ -17,6 +17,21 @@ TEMPLATE = (
 EXTRA_ENDS = tuple(range(320, 344))
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gemma2", "phi3", "gpt_neox", "gpt2", "gpt_neo")
 """Grouped queries, biases, sliding windows, soft-capped logits, fused layers, partial rotary, Conv1D, local windows."""
+KINDS = {"llama3": "llama", "smollm2": "llama", "yarn": "llama", "mistral-full": "mistral", "gemma2-full": "gemma2"}
+"""Shapes that are an architecture with other settings."""
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+"""Llama-3's rotary scaling, for so short an original length that it changes the first few tokens."""
+NARROW = {"hidden_size": 32, "intermediate_size": 48, "initializer_range": 0.2}
+"""A smaller model: MLX multiplies matrices slowly where only its own library does it."""
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 def sentences(count: int = 1500, seed: int = 0) -> Iterator[str]:
@@ -60,27 +75,20 @@ def make_tokenizer(
     return tokenizer
 
 
-def make_config(architecture: str) -> Any:
-    """Hidden size 64, 2 layers, 4 heads."""
+def make_config(architecture: str, **changes: Any) -> Any:
+    """2 layers, 4 heads, and a hidden size of 64, or of 32 for the shapes that only MLX is tested on."""
     from transformers import AutoConfig
 
     common = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
     wide = {"intermediate_size": 96, "initializer_range": 0.15}
+    narrow = shape | NARROW | {"num_key_value_heads": 2}
+    soft = {"query_pre_attn_scalar": 16, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0}
     special: dict[str, dict[str, Any]] = {
         "llama": shape | wide | {"num_key_value_heads": 2, "rms_norm_eps": 1e-5},
         "qwen2": shape | wide | {"num_key_value_heads": 2, "tie_word_embeddings": True},
         "mistral": shape | wide | {"num_key_value_heads": 2, "sliding_window": 12},
-        "gemma2": shape
-        | wide
-        | {
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "query_pre_attn_scalar": 16,
-            "sliding_window": 12,
-            "final_logit_softcapping": 3.0,
-            "attn_logit_softcapping": 5.0,
-        },
+        "gemma2": shape | wide | soft | {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 12},
         "phi3": shape | wide | {"num_key_value_heads": 2, "original_max_position_embeddings": 256},
         "gpt_neox": shape | wide,
         "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.15},
@@ -93,14 +101,23 @@ def make_config(architecture: str) -> Any:
             "window_size": 12,
             "initializer_range": 0.15,
         },
+        "llama3": narrow | {"head_dim": 16, "rope_parameters": dict(LLAMA3)},
+        "smollm2": narrow | {"rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+        "qwen3": narrow | {"head_dim": 16},
+        "mistral-full": narrow | {"sliding_window": None},
+        "gemma2-full": narrow | soft | {"head_dim": 16, "sliding_window": 256},
+        "granite": narrow | {"logits_scaling": 2.0, "embedding_multiplier": 1.5, "attention_multiplier": 0.3},
+        "yarn": narrow | {"head_dim": 16, "rope_parameters": dict(YARN)},
     }
-    return AutoConfig.for_model(architecture, **common, **special[architecture])
+    kind = KINDS.get(architecture, architecture)
+    return AutoConfig.for_model(kind, **common | special[architecture] | changes)
 
 
-def make_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path:
-    """Save a random model of that architecture with its tokenizer; return the folder.
+def make_model(folder: Path, architecture: str = "llama", seed: int = 0, uneven: bool = False, **changes: Any) -> Path:
+    """Save a random model of that architecture, its config changed, with its tokenizer; return the folder.
 
-    Its generation config names many end tokens besides the tokenizer's own, so that answers are short.
+    Its generation config names many end tokens besides the tokenizer's own, so that answers are short. `uneven`:
+    norms and biases are random too, which a fresh model leaves at one and zero.
     """
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -109,7 +126,10 @@ def make_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path
 
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(make_config(architecture), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(make_config(architecture, **changes), dtype=torch.float32)
+        for parameter in model.parameters() if uneven else ():
+            if parameter.ndim == 1:
+                parameter.data += 0.2 * torch.randn(parameter.shape)
         model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=[2, *EXTRA_ENDS], pad_token_id=0)
         model.save_pretrained(folder)
         make_tokenizer().save_pretrained(folder)

@@ -1,0 +1,244 @@
+"""What the backends with a real model share: roles on one base, batching, and the order of things.
+
+A framework brings four things: adapters, a decoder, log-probs of packed rows, and an optimizer step. All else
+is here once, so that the backends are equals.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from spa_lite.backend import (
+    INIT,
+    POLICY,
+    PREVIOUS,
+    Floats,
+    Lora,
+    ModelSettings,
+    Objective,
+    Optimizer,
+    Sampling,
+    StepStats,
+)
+from spa_lite.backends.chat import ChatTokenizer
+from spa_lite.backends.checks import check_prompts, check_rows
+from spa_lite.backends.decoding import Answer, Decoding
+from spa_lite.backends.packing import Packed, batches, pack
+from spa_lite.errors import BackendError
+from spa_lite.keys import digest
+from spa_lite.records import Completion, Ids, Row, Score
+
+
+class Adapters(Protocol):
+    """Named adapters on one frozen base; `use(None)` is the bare base."""
+
+    def fresh(self, lora: Lora) -> str:
+        """A new adapter of zero effect."""
+
+    def load(self, folder: Path) -> str:
+        """An adapter from a folder. Raises ModelError unless it fits the base."""
+
+    def clone(self, source: str) -> str:
+        """A frozen copy."""
+
+    def drop(self, name: str) -> None:
+        """Forget an adapter."""
+
+    def save(self, name: str, folder: Path) -> None:
+        """Write it in PEFT format."""
+
+    def use(self, name: str | None) -> None:
+        """Switch the base to this adapter."""
+
+
+class Net(Protocol):
+    """What must be known of a loaded model."""
+
+    context: int
+    vocab: int
+
+
+class Training(Protocol):
+    """An optimizer over one adapter."""
+
+    def step(self, rows: Sequence[Row], objective: Objective, learning_rate: float, micro: int) -> StepStats:
+        """One optimizer step on the mean loss over rows."""
+
+    def save(self, folder: Path) -> None:
+        """Write the optimizer's state beside its adapter."""
+
+
+class LocalBackend(ABC):
+    """One model on this machine. A new backend has all three roles on the bare base."""
+
+    name: str
+    can_train = True
+
+    def __init__(
+        self, settings: ModelSettings, tokenizer: ChatTokenizer, adapters: Adapters, net: Net, weights_digest: str
+    ) -> None:
+        self.settings, self.tokenizer, self.adapters = settings, tokenizer, adapters
+        self.context, self.vocabulary = net.context, net.vocab
+        self.fingerprint = digest(weights_digest, tokenizer.fingerprint).hex()
+        self._roles: dict[str, str | None] = {INIT: None, PREVIOUS: None, POLICY: None}
+        self._training: Training | None = None
+
+    # What a framework brings
+
+    @property
+    @abstractmethod
+    def description(self) -> dict[str, Any]:
+        """Device, real dtype and bits, parameter counts, and whether a slower way had to be taken."""
+
+    @abstractmethod
+    def _groups(self, prompts: Sequence[Ids]) -> list[list[int]]:
+        """Indices of prompts that are decoded together."""
+
+    @abstractmethod
+    def _decoder(self, prompts: Sequence[Ids], keys: Sequence[Sequence[bytes]], sampling: Sampling) -> Decoding:
+        """Read the prompts under the adapter in use."""
+
+    @abstractmethod
+    def _token_logprobs(self, packed: Packed) -> Floats:
+        """Log-probs [N] of all response tokens under the adapter in use."""
+
+    @abstractmethod
+    def _new_training(self, optimizer: Optimizer, adapter: str) -> Training:
+        """Fresh optimizer state."""
+
+    @abstractmethod
+    def _old_training(self, folder: Path, adapter: str) -> Training | None:
+        """The optimizer state stored in a folder; None if there is none."""
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What a user should hear before a long run on this machine."""
+        return ()
+
+    def machine_checks(self) -> Iterator[tuple[str, bool | None, str]]:
+        """What only this machine can answer, for `doctor`."""
+        return iter(())
+
+    def _tidy(self) -> None:  # noqa: B027 - not every framework keeps some
+        """Give memory that is not needed back to the system: called between stages."""
+
+    # Roles
+
+    def bind(self, role: str, adapter: Path | None = None, lora: Lora | None = None) -> None:
+        """Make `role` a stored adapter, a fresh zero-effect one (`lora`), or the bare base."""
+        name = self.adapters.load(adapter) if adapter is not None else self.adapters.fresh(lora) if lora else None
+        self._rebind(role, name)
+        self._tidy()
+
+    def snapshot(self) -> None:
+        """PREVIOUS becomes a frozen copy of POLICY."""
+        source = self._adapter(POLICY)
+        self._rebind(PREVIOUS, self.adapters.clone(source) if source is not None else None)
+
+    def unbind(self, role: str) -> None:
+        """Forget a role's adapter and free its memory."""
+        self._adapter(role)
+        self._rebind(role, None)
+        del self._roles[role]
+
+    def _rebind(self, role: str, name: str | None) -> None:
+        before = self._roles.get(role)
+        self._roles[role] = name
+        if role == POLICY:
+            self._training = None
+        if before is not None:
+            self.adapters.drop(before)
+
+    def _adapter(self, role: str) -> str | None:
+        if role not in self._roles:
+            raise BackendError(f"role {role!r} is not bound (bound: {', '.join(self._roles)}): call bind first")
+        return self._roles[role]
+
+    def _enter(self, role: str) -> None:
+        self.adapters.use(self._adapter(role))
+
+    # Sampling
+
+    def sample(
+        self, prompts: Sequence[Ids], n: int, sampling: Sampling, keys: Sequence[Sequence[bytes]], role: str = POLICY
+    ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
+        """Yield (index of prompt, its n completions) as they finish; prompts of like length share a batch."""
+        self._adapter(role)
+        check_prompts(prompts, n, keys, self.context)
+        self._enter(role)
+        for batch in self._groups(prompts):
+            self._enter(role)
+            decoder = self._decoder([prompts[index] for index in batch], [keys[index] for index in batch], sampling)
+            waiting: dict[int, dict[int, Answer]] = {index: {} for index in batch}
+            for place, answer in decoder.answers(lambda: self._enter(role)):
+                index = batch[place // n]
+                waiting[index][place % n] = answer
+                if len(waiting[index]) == n:
+                    yield index, tuple(self._completion(waiting[index][k]) for k in range(n))
+        self._tidy()
+
+    def _completion(self, answer: Answer) -> Completion:
+        ids, logprobs, ended = answer
+        return Completion(ids=ids, text=self.tokenizer.decode(ids), ended="eos" if ended else "cap", logprobs=logprobs)
+
+    # Scoring
+
+    def logprob(
+        self, rows: Sequence[Row], role: str, per_token: bool = False
+    ) -> Iterator[tuple[int, tuple[Score, ...]]]:
+        """Yield (index of row, one Score per response), rows of like length first scored together."""
+        self._adapter(role)
+        check_rows(rows, self.context, self.vocabulary)
+        for batch in batches(rows, self.settings.batching.score):
+            self._enter(role)
+            packed = pack([rows[index] for index in batch])
+            yield from zip(batch, packed.scores(self._token_logprobs(packed), per_token), strict=True)
+        self._tidy()
+
+    # Training
+
+    def start_training(self, optimizer: Optimizer) -> None:
+        """Fresh AdamW state for POLICY's adapter."""
+        name = self._adapter(POLICY)
+        if name is None:
+            raise BackendError("the policy has no adapter to train: bind one to it first")
+        self._training = self._new_training(optimizer, name)
+        self._tidy()
+
+    def dpo_step(self, rows: Sequence[Row], objective: Objective, learning_rate: float) -> StepStats:
+        """One optimizer step on the mean loss over rows, micro-batch by micro-batch in row order."""
+        if self._training is None:
+            raise BackendError("no training is under way: call start_training or restore first")
+        check_rows(rows, self.context, self.vocabulary)
+        return self._training.step(rows, objective, learning_rate, self.settings.batching.micro)
+
+    def save(self, folder: Path, role: str = POLICY) -> None:
+        """Write the adapter (PEFT, float32) and, for POLICY in training, `optimizer.safetensors` beside it."""
+        name = self._adapter(role)
+        if name is None:
+            raise BackendError(f"role {role!r} is the bare base: there is no adapter to save")
+        self.adapters.save(name, folder)
+        if role == POLICY and self._training is not None:
+            self._training.save(folder)
+
+    def restore(self, folder: Path) -> None:
+        """Load POLICY and, if it was saved in training, the optimizer with its settings and state."""
+        self.bind(POLICY, folder)
+        name = self._adapter(POLICY)
+        assert name is not None
+        self._training = self._old_training(folder, name)
+
+
+def by_length(prompts: Sequence[Ids], size: int, equal: bool = False) -> list[list[int]]:
+    """Indices of at most `size` prompts of like length; of the same length if `equal`."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(prompts)), key=lambda index: len(prompts[index])):
+        last = groups[-1] if groups else []
+        if last and len(last) < size and not (equal and len(prompts[last[0]]) != len(prompts[index])):
+            last.append(index)
+        else:
+            groups.append([index])
+    return groups

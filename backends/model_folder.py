@@ -1,0 +1,105 @@
+"""A model's folder, or its name on the hub: what is in it, before any framework reads the weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+
+from spa_lite.errors import ModelError, SpaError
+from spa_lite.sources import reachable
+
+WHOLE = 64 * 2**20
+"""Weight files up to this size are digested whole; of larger ones the header and 64 blocks spread over the file."""
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
+"""What is fetched from the hub: never pickles, and code only where it is trusted."""
+
+
+def check_name(name: str) -> str:
+    """A folder that is there and holds safetensors, or a name that can be one on the hub."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} is no model folder: it has no config.json")
+        if not any(path.glob("*.safetensors")):
+            raise ModelError(f"{path} holds no *.safetensors weights: convert them with `save_pretrained` first")
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(f"there is no model folder {name}")
+    if isinstance(try_to_load_from_cache(name, "config.json"), str) or constants.HF_HUB_OFFLINE or reachable():
+        return name
+    # Left to itself the library would retry for half a minute.
+    raise ModelError(f"{name} is no folder here, and the model hub cannot be reached; give --model a folder")
+
+
+def fetch(name: str, what: str, read: Callable[[], Any]) -> Any:
+    """Run one `from_pretrained`; whatever it raises becomes one sentence."""
+    try:
+        return read()
+    except SpaError:
+        raise
+    except Exception as error:  # damaged files make every library underneath raise its own kind
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:240]
+        if "trust_remote_code" in str(error):
+            raise ModelError(f"{name} brings its own code: add --trust-remote-code if you trust it") from error
+        if Path(name).is_dir():
+            raise ModelError(f"the {what} of {name} cannot be used: {reason}") from error
+        raise ModelError(f"{name} is no folder here, and its {what} cannot be had from the hub: {reason}") from error
+
+
+def eos_ids(config: Any, generation: Any) -> frozenset[int]:
+    """End ids of the generation config and of the model's config (transformers objects; either may name none)."""
+    found: set[int] = set()
+    for value in (getattr(generation, "eos_token_id", None), getattr(config, "eos_token_id", None)):
+        found |= set() if value is None else {value} if isinstance(value, int) else {int(item) for item in value}
+    return frozenset(found)
+
+
+def folder_of(name: str) -> Path:
+    """The folder of a model that has been loaded: the name itself, or the hub cache's snapshot of it."""
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(str(try_to_load_from_cache(name, "config.json"))).parent
+
+
+def fetched(name: str, code: bool = False) -> Path:
+    """The model's folder, fetched from the hub where it is only a name. `code`: Python files too."""
+    if Path(name).is_dir():
+        return Path(name)
+    patterns = PATTERNS + ["*.py"] * code
+    return Path(fetch(name, "files", lambda: snapshot_download(name, allow_patterns=patterns)))
+
+
+def digest_weights(folder: Path) -> str:
+    """Digest of config and weights from their files."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        digest.update(path.name.encode())
+        _add(path, digest)
+    return digest.hexdigest()
+
+
+def _add(path: Path, digest: Any) -> None:
+    size = path.stat().st_size
+    digest.update(size.to_bytes(8, "little"))
+    with path.open("rb") as file:
+        if size <= WHOLE:
+            digest.update(file.read())
+            return
+        header = int.from_bytes(file.read(8), "little")
+        digest.update(file.read(min(header, WHOLE)))
+        for block in range(64):
+            file.seek(block * (size - 65536) // 63)
+            digest.update(file.read(65536))
+
+
+def context_of(config: Any) -> int:
+    """Longest sequence of a model with this (text) config."""
+    for field in ("max_position_embeddings", "max_sequence_length", "max_seq_len"):
+        value = getattr(config, field, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 2**20
