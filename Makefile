@@ -7,6 +7,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 ARGS ?=
 
+# MLX's own matrix library is slow on Linux. Debian's (package libopenblas0-pthread), where it is installed, takes its
+# place in the tests. It reads its number of threads when it is loaded, before tests/conftest.py can say one.
+OPENBLAS = $(wildcard /usr/lib/$(shell uname -m)-linux-gnu/openblas-pthread/libopenblas.so.0)
+PRELOAD = $(if $(OPENBLAS),OPENBLAS_NUM_THREADS=$${OPENBLAS_NUM_THREADS:-1} LD_PRELOAD=$(OPENBLAS)$${LD_PRELOAD:+:$$LD_PRELOAD} )
+
 .DEFAULT_GOAL := help
 .PHONY: help run test test-long lint fix bench clean
 
@@ -17,10 +22,10 @@ run: $(VENV)/run.stamp ## the built-in lesson, from seed pairs to report
 	$(VENV)/bin/spa-lite run $(ARGS)
 
 test: $(VENV)/dev.stamp ## the tests that take seconds
-	$(VENV)/bin/python -m pytest -m "not long" $(ARGS)
+	$(PRELOAD)$(VENV)/bin/python -m pytest -m "not long" $(ARGS)
 
 test-long: $(VENV)/dev.stamp ## the tests that take minutes
-	$(VENV)/bin/python -m pytest -m long $(ARGS)
+	$(PRELOAD)$(VENV)/bin/python -m pytest -m long $(ARGS)
 
 lint: $(VENV)/dev.stamp ## style, format and types
 	$(VENV)/bin/ruff check .
@@ -46,11 +51,13 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/run.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "Installing spa-lite into $(VENV): about 1.5 GB, once."
+	@echo "Installing spa-lite into $(VENV): up to 1.5 GB, once."
 	$(PIP) --editable .
 	@touch $@
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "Installing spa-lite and its development tools into $(VENV): about 1.5 GB, once."
-	$(PIP) --editable ".[dev]"
+	@echo "Installing spa-lite and its development tools into $(VENV): up to 1.6 GB, once."
+	@$(PIP) --editable ".[dev,mlx]" || { \
+		echo "MLX cannot be installed here (see above; on Linux it needs glibc 2.35): going on without it and its tests."; \
+		$(PIP) --editable ".[dev]"; }
 	@touch $@ $(VENV)/run.stamp

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -60,15 +61,36 @@ def extrapolated_logprobs(logits: mx.array, reference: mx.array, targets: mx.arr
 
 
 def tiled(net: Net, compute: Callable[..., mx.array], *arrays: mx.array, again: bool = True) -> mx.array:
-    """`compute` over tiles of the first axis. With several, each makes its logits `again` for the backward pass.
+    """`compute` over tiles of the first axis, one after the other; `again` for the backward pass, tile by tile.
 
-    What is made again gets no gradient but through `arrays`: not for a head that is itself trained.
+    What is made again gives a gradient to the first of `arrays` alone: not for a head that is itself trained.
     """
     parts = list(tiles(len(arrays[0]), net))
     if len(parts) == 1 or not again:
         return compute(*arrays)
-    remade = mx.checkpoint(compute)
-    return mx.concatenate([remade(*(array[part] for array in arrays)) for part in parts])
+
+    def in_turn(of: Callable[..., mx.array], first: mx.array, start: mx.array) -> mx.array:
+        # Each waits for the one before: MLX would work on all tiles at once, and hold the logits of all.
+        done = [start]
+        for part in parts:
+            done.append(of(mx.depends(first[part], done[-1]), part))
+        return mx.concatenate(done[1:])
+
+    @mx.custom_function
+    def whole(first: mx.array, *others: mx.array) -> mx.array:
+        return in_turn(lambda piece, part: compute(piece, *(array[part] for array in others)), first, first)
+
+    @whole.vjp
+    def backward(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
+        first, *others = primals
+
+        def gradient(piece: mx.array, part: slice) -> mx.array:
+            rest = [array[part] for array in others]
+            return mx.vjp(lambda some: compute(some, *rest), [piece], [cotangent[part]])[1][0]
+
+        return in_turn(gradient, first, output), *map(mx.zeros_like, others)
+
+    return whole(*arrays)
 
 
 def tiles(count: int, net: Net) -> Iterator[slice]:

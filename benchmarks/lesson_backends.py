@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +195,11 @@ def markdown(found: dict[str, Any], prompts: int) -> str:
         labels = f"{row['labels equal']} of {row['judged by both']}" if "answers" in row else "-"
         rates = [f"{value} [{low}, {high}]" for value, low, high in row.get("win rates", [])] or ["-", "-"]
         lines.append(f"| {row['stage']} | {texts} | {labels} | {rates[0]} | {rates[1]} |")
+    versions = ", ".join(f"{library} {version(library)}" for library in ("torch", "mlx", "mlx-lm", "transformers"))
     spent = ", ".join(f"{name} {found['seconds'][name]['stages']:.0f}" for name in NAMES)
-    return "\n".join([*lines, "", f"Seconds of all stages: {spent}."])
+    threads = f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}"
+    preload = "OpenBLAS preloaded" if "openblas" in os.environ.get("LD_PRELOAD", "") else "no library preloaded"
+    return "\n".join([*lines, "", f"Seconds of all stages: {spent} ({threads}, {preload}). {versions}."])
 
 
 if __name__ == "__main__":

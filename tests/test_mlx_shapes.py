@@ -309,7 +309,7 @@ def test_sequences_end_where_mlx_lm_would_go_its_own_way(case: str, tmp_path: Pa
 
 
 def test_a_window_that_no_layer_has_limits_nothing(tmp_path: Path) -> None:
-    settings = {"use_sliding_window": True, "sliding_window": 48, "max_window_layers": 2}
+    settings: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 48, "max_window_layers": 2}
     backend = load("mlx", ModelSettings(model=str(make_model(tmp_path, "qwen2", **settings)), device="cpu"))
     assert backend.context == 256
     assert backend.description["limits"] == "none"
@@ -318,7 +318,7 @@ def test_a_window_that_no_layer_has_limits_nothing(tmp_path: Path) -> None:
 # What cannot be mended
 
 
-TANH = {"hidden_act": "gelu_pytorch_tanh", "intermediate_size": 256}
+TANH: dict[str, Any] = {"hidden_act": "gelu_pytorch_tanh", "intermediate_size": 256}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "an unknown architecture": ("gpt_neo", {}, "mlx-lm has no architecture 'gpt_neo'.*--backend torch"),
     "another config": ("gpt2", {}, "mlx-lm needs n_ctx in the config.*--backend torch"),

@@ -17,7 +17,7 @@ from spa_lite.events import Event
 from spa_lite.judge import decide
 from spa_lite.recipe import SETTINGS
 from spa_lite.records import Completion, Sample
-from spa_lite.stages import read_judgements, read_samples
+from spa_lite.stages import read_judgements, read_samples, several_makers
 from tests.small import lines, load, results, run_small, small_recipe, start, write_data
 
 
@@ -410,3 +410,10 @@ def test_best_and_worst_of_many(files: dict[str, str]) -> None:
 def test_roles_have_names() -> None:
     """The three roles of one set of weights."""
     assert (INIT, PREVIOUS, POLICY) == ("init", "previous", "policy")
+
+
+def test_a_run_from_two_places_says_so() -> None:
+    here, there = {"backend": "mlx", "device": "cpu"}, {"backend": "torch", "device": "cuda:0"}
+    assert several_makers({"seed": here, "round 1 sample": here, "old": {}}) == []
+    [said] = several_makers({"seed": there, "round 1 sample": here, "round 1 judge": here})
+    assert "1 on torch, cuda:0 (seed to seed); 2 on mlx, cpu (round 1 sample to round 1 judge)" in said

@@ -29,7 +29,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 """Llama-3's rotary scaling, for so short an original length that it changes the first few tokens."""
-NARROW = {"hidden_size": 32, "intermediate_size": 48, "initializer_range": 0.2}
+NARROW: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "initializer_range": 0.2}
 """A smaller model: MLX multiplies matrices slowly where only its own library does it."""
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 
