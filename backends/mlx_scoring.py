@@ -13,8 +13,8 @@ from spa_lite.backends.mlx_model import Net
 from spa_lite.backends.packing import Packed
 from spa_lite.objective import extrapolate
 
-TILE_NUMBERS = 2**25
-"""Float32 logits made at a time (128 MiB): no array of [batch, time, vocabulary] exists."""
+TILE_NUMBERS = 2**23
+"""Float32 logits made at a time (32 MiB): no array of [batch, time, vocabulary] exists."""
 SUM_BLOCK = 32
 FORWARD = 2**14
 """Tokens, padding included, that go through the body at a time."""

@@ -221,8 +221,8 @@ def padded(packed: Packed) -> list[NDArray[np.int32]]:
 
 
 def rounded(size: int) -> int:
-    """The next of at most eight sizes per doubling, 16 at least: at most an eighth is wasted on larger ones."""
-    grain = max(16, 2 ** (max(1, size).bit_length() - 4))
+    """The next of at most eight sizes per doubling, 8 at least: at most an eighth is wasted on larger ones."""
+    grain = max(8, 2 ** (max(1, size).bit_length() - 4))
     return -(-max(1, size) // grain) * grain
 
 

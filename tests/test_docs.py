@@ -112,6 +112,14 @@ def test_examples_run(blocks: list[str], tmp_path: Path, monkeypatch: pytest.Mon
         exec(compile(block, f"<example {number}>", "exec"), names)
 
 
+def test_the_memory_table_is_its_formula(capsys: pytest.CaptureFixture[str]) -> None:
+    """The table of docs/mac.md is what the block below it prints."""
+    page = read(ROOT / "docs" / "mac.md")
+    blocks = re.findall(r"^<!-- tested -->\n+```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    exec(compile("\n".join(blocks), "<docs/mac.md>", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out in page
+
+
 WITH_DOCTESTS = sorted(
     path
     for folder in ("spa_lite", "backends")

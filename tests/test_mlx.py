@@ -30,6 +30,7 @@ from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from spa_lite import keys
 from spa_lite.backend import INIT, POLICY, PREVIOUS, Batch, Batching, Lora, ModelSettings, Optimizer, Outcome, Sampling
 from spa_lite.backends import mlx_checks, mlx_device, mlx_sampling, mlx_scoring, mlx_training
+from spa_lite.backends.decoding import CDF_BLOCK
 from spa_lite.backends.mlx import MlxBackend
 from spa_lite.backends.packing import pack
 from spa_lite.errors import BackendError, ModelError
@@ -135,6 +136,22 @@ def test_the_ends_of_the_unit_interval_are_safe(uniform: float) -> None:
     weights[0, [3, 300, 550]] = [0.2, 0.3, 0.5]
     found = mlx_sampling.inverse_cdf(mx.array(weights), mx.array([uniform]))
     assert found.item() == (3 if uniform < 0.5 else 550)
+
+
+def test_rounding_at_a_border_draws_no_weightless_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On some devices a running sum rounds otherwise than a sum: then the target may lie beyond a block's tokens."""
+    real = mx.cumsum
+
+    def rougher(values: Any, axis: int) -> Any:
+        return real(values, axis=axis) * (1 - 1e-6 * (values.shape[axis] == CDF_BLOCK))
+
+    monkeypatch.setattr(mx, "cumsum", rougher)
+    places = np.arange(1000) % CDF_BLOCK
+    weights = (np.random.default_rng(0).random((50, 1000)) * ((places > 2) & (places < 200))).astype(np.float32)
+    for border in (256, 512, 768, 1000):
+        share = weights[:, :border].sum(axis=1) / weights.sum(axis=1)
+        found = np.array(mlx_sampling.inverse_cdf(mx.array(weights), mx.array(share * np.float32(1 - 1e-7))))
+        assert (weights[np.arange(50), found] > 0).all()
 
 
 # Log-probabilities
@@ -280,22 +297,37 @@ def test_tiles_and_checkpointing_change_memory_only(folder: Path, monkeypatch: p
         assert after == pytest.approx(plain[2], abs=2e-3)
 
 
+def peak(work: Callable[[], Any]) -> int:
+    """Bytes that MLX held at most."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    work()
+    return int(mx.get_peak_memory())
+
+
 def test_tiles_save_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other: MLX would work on all of them at once and hold all their logits."""
     make_model(tmp_path, "smollm2", vocab_size=4096, **NARROW)
-    ids = [int(token) for token in np.random.default_rng(0).integers(6, 300, 120)]
-    peaks = []
-    for numbers in (2**25, 2**17):
-        monkeypatch.setattr(mlx_scoring, "TILE_NUMBERS", numbers)
+    ids = tuple(int(token) for token in np.random.default_rng(0).integers(6, 300, 120))
+    rows = [Row(prompt=ids[:10], responses=(ids[10:], ids[:10:-1]))] * 2
+
+    def peaks() -> tuple[int, int]:
         backend = moved(tmp_path, 0)
-        rows = [Row(prompt=tuple(ids[:10]), responses=(tuple(ids[10:]), tuple(ids[:10:-1])))] * 2
-        for work in (lambda: sums(backend, rows), lambda: backend.dpo_step(rows, Mixed(0.5), 1e-3)):  # noqa: B023
-            mx.clear_cache()
-            mx.reset_peak_memory()
-            work()
-            peaks.append(mx.get_peak_memory())
-    assert peaks[2] < peaks[0] / 3
-    assert peaks[3] < peaks[1] / 3
+        return peak(lambda: sums(backend, rows)), peak(lambda: backend.dpo_step(rows, Mixed(0.5), 1e-3))
+
+    whole = peaks()
+    monkeypatch.setattr(mlx_scoring, "TILE_NUMBERS", 2**17)
+    tiled = peaks()
+    assert tiled[0] < whole[0] / 3
+    assert tiled[1] < whole[1] / 4
+
+
+def test_checkpointing_saves_memory(tmp_path: Path) -> None:
+    make_model(tmp_path, "smollm2", num_hidden_layers=8, **NARROW)
+    ids = tuple(int(token) for token in np.random.default_rng(0).integers(6, 300, 120))
+    rows = [Row(prompt=ids[:10], responses=(ids[10:], ids[:10:-1]))] * 2
+    plain, again = (moved(tmp_path, 0, batching=Batching(gradient_checkpointing=wanted)) for wanted in (False, True))
+    assert peak(lambda: again.dpo_step(rows, Dpo(0.5), 1e-3)) < peak(lambda: plain.dpo_step(rows, Dpo(0.5), 1e-3)) / 1.5
 
 
 def test_checkpointing_makes_the_blocks_again(folder: Path) -> None:
@@ -452,7 +484,7 @@ def test_few_programs_are_made_for_many_lengths(folder: Path) -> None:
         cut = size // 2
         backend.dpo_step([Row(prompt=ids[:cut], responses=(ids[cut:], ids[cut:-2]))], Dpo(0.5), 1e-3)
     assert len(training(backend).programs) == 1
-    assert training(backend).traces <= 8
+    assert training(backend).traces <= 12, "of forty lengths"
     before = training(backend).traces
     backend.dpo_step([Row(prompt=ids[:cut], responses=(ids[cut:], ids[cut:-2]))], Dpo(0.5), 1e-3)
     assert training(backend).traces == before, "a known shape is not traced again"
@@ -461,17 +493,17 @@ def test_few_programs_are_made_for_many_lengths(folder: Path) -> None:
 def test_rounding_wastes_little() -> None:
     sizes = [mlx_training.rounded(size) for size in range(1, 5000)]
     assert sizes == sorted(sizes)
-    assert all(size <= found and found % 16 == 0 for size, found in enumerate(sizes, 1))
-    assert all(found <= max(16, size + 15, size * 9 / 8) for size, found in enumerate(sizes, 1))
+    assert all(size <= found and found % 8 == 0 for size, found in enumerate(sizes, 1))
+    assert all(found <= max(size + 7, size * 9 / 8) for size, found in enumerate(sizes, 1))
     for power in range(4, 12):
         assert len({found for found in sizes if 2**power < found <= 2 ** (power + 1)}) <= 8
-    assert mlx_training.rounded(0) == 16
+    assert mlx_training.rounded(0) == 8
 
 
 def test_padding_of_a_program_has_no_weight(backend: MlxBackend) -> None:
     packed = pack(pairs(backend, 2))
     ids, places, targets = mlx_training.padded(packed)
-    assert ids.shape[1] % 16 == len(places) % 16 == len(targets) % 16 == 0
+    assert ids.shape[1] % 8 == len(places) % 8 == len(targets) % 8 == 0
     count = len(packed.targets)
     assert (ids.reshape(-1)[places[:count] + 1] == targets[:count]).all(), "each place is the one before its target"
     assert not ids[:, packed.ids.shape[1] :].any()
@@ -860,7 +892,7 @@ def test_memory_is_limited_where_it_is_shared_with_the_screen(metal: bool, monke
     for wanted in ("auto", "gpu"):
         limits.clear()
         assert mlx_device.pick_device(wanted) == "gpu"
-        assert limits == ({"wired": size, "cache": size // 10} if metal else {})
+        assert limits == ({"wired": size * 3 // 4, "cache": size // 10} if metal else {})
 
     def refuse(limit: int) -> None:
         raise ValueError("needs macOS 15")

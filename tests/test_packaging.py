@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -85,6 +86,69 @@ def normal(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", name[0]).lower()
 
 
+MACHINES = {
+    "darwin-arm64": {"sys_platform": "darwin", "platform_system": "Darwin", "platform_machine": "arm64"},
+    "darwin-x86_64": {"sys_platform": "darwin", "platform_system": "Darwin", "platform_machine": "x86_64"},
+    "linux-x86_64": {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"},
+    "linux-aarch64": {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "aarch64"},
+    "win32-amd64": {"sys_platform": "win32", "platform_system": "Windows", "platform_machine": "AMD64"},
+}
+TORCH, MLX, MLX_CPU = {"torch", "peft"}, {"mlx", "mlx-lm"}, {"mlx[cpu]", "mlx-lm[cpu]"}
+
+
+def frameworks(machine: str, extra: str | None = None) -> set[str]:
+    """Which of torch, peft, mlx and mlx-lm an extra asks for on a machine; None: the plain install."""
+    lines = PROJECT["project"]["dependencies"]
+    lines = lines if extra is None else PROJECT["project"]["optional-dependencies"][extra]
+    found: set[str] = set()
+    for asked in map(Requirement, lines):
+        if asked.marker is not None and not asked.marker.evaluate(MACHINES[machine]):
+            continue
+        if asked.name == "spa-lite":
+            found |= {name for inner in asked.extras for name in frameworks(machine, inner)}
+        elif asked.name in TORCH | MLX:
+            found.add(asked.name + "".join(f"[{name}]" for name in sorted(asked.extras)))
+    return found
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_plain_install_brings_one_backend(machine: str) -> None:
+    assert frameworks(machine) == (MLX if machine == "darwin-arm64" else TORCH)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_extras_bring_the_other_backend(machine: str) -> None:
+    system = MACHINES[machine]["sys_platform"]
+    mlx = {"darwin": MLX, "linux": MLX_CPU}.get(system, set())
+    assert frameworks(machine, "torch") == TORCH
+    assert frameworks(machine, "mlx") == mlx
+    assert frameworks(machine, "all") == TORCH | mlx
+    assert frameworks(machine, "dev") == TORCH, "MLX has no wheels for an older glibc: the Makefile asks for it apart"
+    assert frameworks(machine, "gguf") == frameworks(machine, "4bit") == frameworks(machine, "alpaca") == set()
+
+
+def test_a_framework_has_the_same_bounds_everywhere() -> None:
+    """A requirement that is written in several places is the same in each."""
+    extras: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
+    bounds: dict[str, set[str]] = {}
+    for line in [*PROJECT["project"]["dependencies"], *extras["torch"], *extras["mlx"]]:
+        bounds.setdefault(Requirement(line).name, set()).add(str(Requirement(line).specifier))
+    assert {name: sorted(found) for name, found in bounds.items() if len(found) > 1} == {}
+    assert all("<" in next(iter(bounds[name])) for name in MLX), (
+        "the MLX backend uses what may change in any minor version"
+    )
+
+
+def test_every_backend_has_its_libraries_in_its_extra() -> None:
+    """What `backends.TABLE` says is needed comes with the extra it names, on a machine that the extra is for."""
+    from spa_lite import backends
+
+    plain = {normal(line) for line in PROJECT["project"]["dependencies"]}
+    for entry in backends.TABLE.values():
+        brought = {name.partition("[")[0] for name in frameworks("linux-x86_64", entry.extra)} if entry.extra else set()
+        assert {normal(name) for name in entry.needs} <= plain | brought, entry
+
+
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(wheel, sdist), the wheel built from the sdist, from a copy of the sources: the checkout stays as it is."""
@@ -137,9 +201,9 @@ sys.addaudithook(refuse)
 
 
 class Installed:
-    """The wheel in an environment of its own, which sees this one's packages but not this checkout."""
+    """The wheel in an environment of its own, which sees this one's packages (but `hidden` ones) and no checkout."""
 
-    def __init__(self, folder: Path, wheel: Path) -> None:
+    def __init__(self, folder: Path, wheel: Path, hidden: frozenset[str] = frozenset()) -> None:
         self.folder, self.elsewhere = folder / "env", folder / "elsewhere"
         self.elsewhere.mkdir()
         venv.create(self.folder, with_pip=False, symlinks=os.name != "nt")
@@ -148,8 +212,13 @@ class Installed:
         subprocess.run([*pip, "install", "--no-deps", "--no-index", str(wheel)], check=True)
         self.site = Path(self.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
         (self.site / "sitecustomize.py").write_text(OFFLINE, encoding="utf-8")
-        here = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
-        (self.site / "zz_tests.pth").write_text("\n".join(here) + "\n", encoding="utf-8")
+        seen = folder / "packages"
+        seen.mkdir()
+        for site in dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]):
+            for path in Path(site).iterdir():
+                if normal(path.name.partition("-")[0]) not in hidden:
+                    (seen / path.name).symlink_to(path)
+        (self.site / "zz_tests.pth").write_text(f"{seen}\n", encoding="utf-8")
 
     def run(self, program: str, *args: str, code: int = 0) -> str:
         """Output of a program of the environment, started in an empty folder."""
@@ -185,6 +254,18 @@ def test_installed_help(installed: Installed) -> None:
 
 
 @pytest.mark.long
-def test_installed_lesson_first_stage(installed: Installed) -> None:
-    installed.run("spa-lite", *LESSON_FIRST_STAGE)
-    assert any((installed.elsewhere / "run").rglob("*.done.json")), "no stage was finished"
+@pytest.mark.parametrize(("backend", "hidden"), [("torch", MLX), ("mlx", TORCH)])
+def test_installed_lesson_first_stage(
+    backend: str, hidden: set[str], distributions: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Each backend does without the other one's libraries, as after a plain install."""
+    from spa_lite import backends
+
+    lacking = backends.missing(backend)
+    if lacking:
+        pytest.skip(f"not installed: {', '.join(lacking)}")
+    alone = Installed(tmp_path, distributions[0], frozenset(hidden))
+    for name in hidden:
+        alone.run("python", "-c", f"import {name.replace('-', '_')}", code=1)
+    alone.run("spa-lite", *LESSON_FIRST_STAGE, "--backend", backend)
+    assert any((alone.elsewhere / "run").rglob("*.done.json")), "no stage was finished"
