@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from spa_lite.backend import ModelSettings
 from spa_lite.backends.mlx_device import DTYPES, pick_device, same_random_state
 from spa_lite.backends.model_folder import check_name, context_of, digest_weights, eos_ids, fetch, fetched
-from spa_lite.backends.torch_quiet import quiet
+from spa_lite.backends.quiet import quiet
 from spa_lite.errors import BackendError, ModelError
 
 GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")

@@ -16,7 +16,7 @@ from spa_lite import keys
 from spa_lite.backend import Lora
 from spa_lite.backends import adapter_files
 from spa_lite.backends.adapter_files import PREFIX, Stored, first_line
-from spa_lite.backends.torch_quiet import quiet
+from spa_lite.backends.quiet import quiet
 from spa_lite.errors import ModelError
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from spa_lite.backend import ModelSettings
 from spa_lite.backends.model_folder import check_name, context_of, digest_weights, eos_ids, fetch, folder_of
-from spa_lite.backends.torch_quiet import quiet
+from spa_lite.backends.quiet import quiet
 from spa_lite.errors import BackendError, BackendMissing, ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

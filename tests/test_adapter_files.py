@@ -364,7 +364,7 @@ def random_peft(backend: Any, model: Path, folder: Path, **config: Any) -> Path:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from spa_lite.backends.torch_quiet import quiet
+    from spa_lite.backends.quiet import quiet
 
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(3)

@@ -646,7 +646,7 @@ def test_adapters_that_peft_makes_mean_the_same_here(
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
-    from spa_lite.backends.torch_quiet import quiet
+    from spa_lite.backends.quiet import quiet
 
     ids = pairs(backend)[0].prompt
     with quiet(), torch.random.fork_rng(), torch.no_grad():

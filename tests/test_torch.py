@@ -20,8 +20,8 @@ pytest.importorskip("peft")
 from spa_lite import keys
 from spa_lite.backend import INIT, POLICY, PREVIOUS, Batching, Lora, ModelSettings, Optimizer, Sampling
 from spa_lite.backends import torch_cache, torch_sampling, torch_scoring
+from spa_lite.backends.quiet import quiet
 from spa_lite.backends.torch import TorchBackend
-from spa_lite.backends.torch_quiet import quiet
 from spa_lite.errors import BackendError, ModelError
 from spa_lite.objective import Dpo
 from spa_lite.records import Row

@@ -122,7 +122,7 @@ def make_model(folder: Path, architecture: str = "llama", seed: int = 0, uneven:
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from spa_lite.backends.torch_quiet import quiet
+    from spa_lite.backends.quiet import quiet
 
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
