@@ -117,8 +117,11 @@ class Adapters:
         modules = _modules(tree)
         self._wrap(modules)
         scale = adapter_files.scale_of(config)
-        self.held[name] = Held(config, dict.fromkeys(sorted(modules), scale), dict(sorted(tree.items())))
-        mx.eval(tree)
+        # In one layout, wherever they come from: a transposed view takes another way through the matrix library, and
+        # an adapter that was saved and loaded would round otherwise.
+        whole = {key: mx.contiguous(array) for key, array in sorted(tree.items())}
+        mx.eval(whole)
+        self.held[name] = Held(config, dict.fromkeys(sorted(modules), scale), whole)
         return name
 
     def _wrap(self, modules: set[str]) -> None:
