@@ -254,6 +254,8 @@ def test_bad_records_are_refused_or_skipped_and_counted(here: Path, capfd: pytes
 def test_ctrl_c_keeps_finished_work(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Exit code 130, a line that says how to go on, and the same command ends with the same results."""
     slow = [*RUN, "--set", "seed_dpo.epochs=400", "--out"]
+    # A shell starts what runs in its background deaf to Ctrl-C, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with spawn([*slow, "broken"], cwd=here, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as process:
         assert process.stderr is not None
         while not (here / "broken/init/measure.done.json").exists():  # then the long seed stage is next

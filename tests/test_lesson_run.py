@@ -13,11 +13,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from spa_lite import lesson
+from spa_lite import backends, lesson
 from spa_lite.evaluate import wilson
 from tests.small import lines
 
-pytest.importorskip("torch", reason="the lesson model needs a framework; toy covers the method without one")
+if all(backends.missing(name) for name in ("torch", "mlx")):
+    pytest.skip("the lesson model needs a framework; toy covers the method without one", allow_module_level=True)
 
 TINY = ["--lesson-seed-pairs", "12", "--lesson-prompts", "24", "--lesson-held-out", "20", "--rounds", "2"]
 CRITERIA = ["correctness", "completeness", "courtesy", "brevity", "ending"]
@@ -130,6 +131,7 @@ def test_the_model_is_small() -> None:
 @pytest.mark.long
 def test_the_build_can_be_repeated(tmp_path: Path) -> None:
     """A few steps of the build, twice: the same files, in the format of the shipped model."""
+    pytest.importorskip("torch", reason="the model is built with PyTorch")
     command = [sys.executable, "-m", "spa_lite.lesson.build", "--steps", "3", "--threads", "1", "--out"]
     for name in ("one", "two"):
         done = subprocess.run([*command, name], cwd=tmp_path, capture_output=True, text=True, check=False)
