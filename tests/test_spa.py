@@ -139,7 +139,7 @@ def test_no_seed_pairs_with_another_model_as_init(tmp_path: Path, files: dict[st
     assert j.a.policy != pytest.approx(j.a.reference)
 
 
-def test_a_policy_that_equals_its_reference_is_refused(files: dict[str, str]) -> None:
+def test_a_policy_that_equals_its_reference_is_refused(files: dict[str, str], tmp_path: Path) -> None:
     """Such a judge would give every pair a margin of 0."""
     only_prompts = {"inputs.prompts": files["inputs.prompts"]}
     with pytest.raises(RecipeError, match="--adapter-path"):
@@ -148,7 +148,7 @@ def test_a_policy_that_equals_its_reference_is_refused(files: dict[str, str]) ->
         only_prompts, {"inputs.no_seed_pairs": True, "inputs.adapter_path": "x", "inputs.init_adapter": "x"}
     )
     with pytest.raises(SpaError):
-        run_small(Path("unused"), run)
+        run_small(tmp_path / "run", run)
 
 
 # --- stages, resuming -------------------------------------------------------------------------------------------------
