@@ -18,9 +18,10 @@ from spa_lite import keys
 from spa_lite.backend import Lora
 from spa_lite.backends import adapter_files
 from spa_lite.backends.mlx_device import same_random_state
+from spa_lite.backends.targets import ALL, choose_layers, is_named, short_names
 from spa_lite.errors import ModelError
 
-PREFIX = "base_model.model."
+HEAD = "lm_head"
 Tree = dict[str, mx.array]
 """An adapter's arrays by module and matrix: `M.lora_a` [inputs, rank] and `M.lora_b` [rank, outputs], float32."""
 
@@ -46,10 +47,11 @@ class Adapters:
 
     def fresh(self, lora: Lora) -> str:
         """A new adapter of zero effect: A from the seed and the module's name, B = 0."""
-        chosen = linear_layers(self.model, lora.targets)
+        linear = linear_layers(self.model)
+        chosen = choose_layers(linear, HEAD, lora.targets)
         tree: Tree = {}
-        for module, layer in chosen.items():
-            outputs, inputs = size_of(layer)
+        for module in chosen:
+            outputs, inputs = size_of(linear[module])
             tree[f"{module}.lora_a"] = mx.array(keys.lora_a(lora.seed, module, lora.rank, inputs).T)
             tree[f"{module}.lora_b"] = mx.zeros((lora.rank, outputs))
         config = {
@@ -61,7 +63,7 @@ class Adapters:
             "bias": "none",
             "fan_in_fan_out": False,
             "use_rslora": False,
-            "target_modules": short_names(self.model, chosen),
+            "target_modules": short_names(linear, chosen),
         }
         return self._add(config, tree)
 
@@ -126,7 +128,7 @@ class Adapters:
 
     def _wrap(self, modules: set[str]) -> None:
         """Give these linear layers a place for an adapter. The base was frozen before, so only that is trainable."""
-        linear = linear_layers(self.model, ("all-linear", "lm_head"))
+        linear = linear_layers(self.model)
         with same_random_state():
             new = {
                 module: LoRALinear.from_base(linear[module], r=1, scale=0.0)
@@ -139,7 +141,7 @@ class Adapters:
             self.place({}, {})
 
     def _check(self, tree: Tree, config: Mapping[str, Any], folder: Path) -> None:
-        linear = linear_layers(self.model, ("all-linear", "lm_head"))
+        linear = linear_layers(self.model)
         modules = [m for m in linear if _targeted(m, config)] if _is_plain(config) else linear.keys() & _modules(tree)
         wanted = {f"{module}.{side}" for module in modules for side in ("lora_a", "lora_b")}
         for key in sorted(tree.keys() ^ wanted):
@@ -157,31 +159,16 @@ class Adapters:
 
 def peft_key(key: str) -> str:
     """The name that an array of a tree has in a PEFT file."""
-    return PREFIX + key.replace(".lora_a", ".lora_A.weight").replace(".lora_b", ".lora_B.weight")
+    return adapter_files.PREFIX + key.replace(".lora_a", ".lora_A.weight").replace(".lora_b", ".lora_B.weight")
 
 
-def linear_layers(model: Any, targets: tuple[str, ...]) -> dict[str, Any]:
-    """Linear layers by name whose name ends with a target; "all-linear": all but the output head."""
-    linear = {
-        name: module for name, module in _bare_modules(model) if isinstance(module, nn.Linear | nn.QuantizedLinear)
-    }
-    for target in set(targets) - {"all-linear", "lm_head"}:
-        if not any(_ends(name, target) for name in linear):
-            kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise ModelError(f"no linear layer of this model is named {target!r}: it has {kinds}")
-    everything = "all-linear" in targets
+def linear_layers(model: Any) -> dict[str, Any]:
+    """All linear layers by name, the output head too where it is one."""
     return {
         name: module
-        for name, module in sorted(linear.items())
-        if (everything and name != "lm_head") or any(_ends(name, target) for target in targets)
+        for name, module in sorted(_bare_modules(model), key=lambda found: found[0])
+        if isinstance(module, nn.Linear | nn.QuantizedLinear)
     }
-
-
-def short_names(model: Any, chosen: Mapping[str, Any]) -> list[str]:
-    """Last parts of the chosen names if those pick exactly the chosen layers, else the full names."""
-    endings = sorted({name.rpartition(".")[2] for name in chosen})
-    picked = {name for name in linear_layers(model, ("all-linear", "lm_head")) if any(_ends(name, e) for e in endings)}
-    return endings if picked == set(chosen) else sorted(chosen)
 
 
 def size_of(layer: Any) -> tuple[int, int]:
@@ -216,9 +203,5 @@ def _targeted(module: str, config: Mapping[str, Any]) -> bool:
     """Whether PEFT would adapt this module, by target_modules alone."""
     targets = config["target_modules"]
     if isinstance(targets, str):
-        return module != "lm_head" if targets == "all-linear" else re.fullmatch(targets, module) is not None
-    return any(_ends(module, target) for target in targets)
-
-
-def _ends(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target)
+        return module != HEAD if targets == ALL else re.fullmatch(targets, module) is not None
+    return any(is_named(module, target) for target in targets)

@@ -17,6 +17,7 @@ from spa_lite.backend import Lora
 from spa_lite.backends import adapter_files
 from spa_lite.backends.adapter_files import PREFIX, Stored, first_line
 from spa_lite.backends.quiet import quiet
+from spa_lite.backends.targets import choose_layers, short_names
 from spa_lite.errors import ModelError
 
 
@@ -40,7 +41,7 @@ class Adapters:
             r=lora.rank,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT means a number
             lora_dropout=0.0,
-            target_modules=short_names(self.model, chosen),
+            target_modules=short_names([name for name, _ in _bare_modules(self.model)], chosen),
             fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in chosen.values()),
             task_type="CAUSAL_LM",
         )
@@ -163,23 +164,11 @@ class Adapters:
 
 
 def linear_layers(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Module]:
-    """Linear layers by name whose name ends with a target; "all-linear": all but the output head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    """The linear layers that the targets name, by name."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linear = {name: module for name, module in _bare_modules(model) if _is_linear(module)}
-    if "all-linear" in targets:
-        return {name: module for name, module in linear.items() if module is not head}
-    for target in targets:
-        if not any(_ends(name, target) for name in linear):
-            kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise ModelError(f"no linear layer of this model is named {target!r}: it has {kinds}")
-    return {name: module for name, module in linear.items() if any(_ends(name, target) for target in targets)}
-
-
-def short_names(model: nn.Module, chosen: Mapping[str, nn.Module]) -> list[str]:
-    """Last parts of the chosen names if those pick exactly the chosen layers, else the full names."""
-    endings = sorted({name.rpartition(".")[2] for name in chosen})
-    picked = {name for name, _ in _bare_modules(model) if any(_ends(name, ending) for ending in endings)}
-    return endings if picked == set(chosen) else sorted(chosen)
+    head = next((name for name, module in linear.items() if module is output), None)
+    return {name: linear[name] for name in choose_layers(linear, head, targets)}
 
 
 def lora_config(stored: Stored) -> LoraConfig:
@@ -209,7 +198,3 @@ def _bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def _ends(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target)
