@@ -46,7 +46,7 @@ class Loaded:
     config: dict[str, Any]
     parameters: int
     dtype: Any
-    bits: float
+    bits: int
     context: int
     notes: tuple[str, ...]
     weights_digest: str
@@ -80,7 +80,7 @@ def load(settings: ModelSettings) -> Loaded:
     return Loaded(
         model=model,
         tokenizer=tokenizer,
-        eos_ids=eos_ids(known, generation) if known is not None else _raw_eos(raw, generation),
+        eos_ids=eos_ids(_Fields(full), generation),
         config=full,
         parameters=get_total_parameters(model),
         dtype=dtype,
@@ -219,10 +219,6 @@ def _transformers_config(folder: Path, raw: Mapping[str, Any], trust: Mapping[st
         return None
 
 
-def _raw_eos(raw: Mapping[str, Any], generation: Any) -> frozenset[int]:
-    return eos_ids(_Fields(raw), generation)
-
-
 class _Fields:
     """A mapping read by attribute; what it lacks is None."""
 
@@ -253,7 +249,7 @@ def _set_dtype(model: Any, wanted: str, device: str) -> Any:
     return dtype
 
 
-def _bits(model: Any, config: Mapping[str, Any], load_in_4bit: bool, dtype: Any) -> float:
+def _bits(model: Any, config: Mapping[str, Any], load_in_4bit: bool, dtype: Any) -> int:
     """Bits per weight of the linear layers; quantises a plain model if that was asked for."""
     quantization = config.get("quantization")
     if quantization:
