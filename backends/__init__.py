@@ -60,16 +60,22 @@ def choose(name: str | None = None) -> tuple[str, str]:
 def load(name: str | None, settings: ModelSettings) -> Backend:
     """Import the named backend (a row of `TABLE`, or "module:Class"; None: as `choose` says) and give it its model."""
     name, _ = choose(name)
-    target = name if ":" in name else _row(name).target
+    target = ready(name)
     module, _, attribute = target.partition(":")
-    for variable, value in THREADS.items():
-        os.environ.setdefault(variable, value)
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise BackendMissing(f"backend {name!r} cannot be imported from {target}: {error}") from error
     backend: Backend = found(settings)
     return backend
+
+
+def ready(name: str) -> str:
+    """Where the class of the named backend is, as module:Class, once its libraries can be imported."""
+    target = name if ":" in name else _row(name).target
+    for variable, value in THREADS.items():
+        os.environ.setdefault(variable, value)
+    return target
 
 
 def _row(name: str) -> Entry:

@@ -6,8 +6,11 @@ is here once, so that the backends are equals.
 
 from __future__ import annotations
 
+import gc
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +18,7 @@ from spa_lite.backend import (
     INIT,
     POLICY,
     PREVIOUS,
+    Batching,
     Floats,
     Lora,
     ModelSettings,
@@ -23,12 +27,13 @@ from spa_lite.backend import (
     Sampling,
     StepStats,
 )
+from spa_lite.backends import memory
 from spa_lite.backends.chat import ChatTokenizer
 from spa_lite.backends.checks import check_prompts, check_rows
 from spa_lite.backends.decoding import Answer, Decoding
+from spa_lite.backends.model_folder import fingerprint
 from spa_lite.backends.packing import Packed, batches, pack
-from spa_lite.errors import BackendError
-from spa_lite.keys import digest
+from spa_lite.errors import BackendError, OutOfMemory
 from spa_lite.records import Completion, Ids, Row, Score
 
 
@@ -64,8 +69,15 @@ class Net(Protocol):
 class Training(Protocol):
     """An optimizer over one adapter."""
 
-    def step(self, rows: Sequence[Row], objective: Objective, learning_rate: float, micro: int) -> StepStats:
-        """One optimizer step on the mean loss over rows."""
+    def step(
+        self,
+        rows: Sequence[Row],
+        objective: Objective,
+        learning_rate: float,
+        batching: Batching,
+        reference: Floats | None,
+    ) -> StepStats:
+        """One optimizer step on the mean loss over rows: whole, or (if anything is raised) not at all."""
 
     def save(self, folder: Path) -> None:
         """Write the optimizer's state beside its adapter."""
@@ -81,8 +93,9 @@ class LocalBackend(ABC):
         self, settings: ModelSettings, tokenizer: ChatTokenizer, adapters: Adapters, net: Net, weights_digest: str
     ) -> None:
         self.settings, self.tokenizer, self.adapters = settings, tokenizer, adapters
+        self.batching = settings.batching
         self.context, self.vocabulary = net.context, net.vocab
-        self.fingerprint = digest(weights_digest, tokenizer.fingerprint).hex()
+        self.fingerprint = fingerprint(weights_digest, tokenizer.fingerprint)
         self._roles: dict[str, str | None] = {INIT: None, PREVIOUS: None, POLICY: None}
         self._training: Training | None = None
 
@@ -121,6 +134,29 @@ class LocalBackend(ABC):
     def machine_checks(self) -> Iterator[tuple[str, bool | None, str]]:
         """What only this machine can answer, for `doctor`."""
         return iter(())
+
+    def free_memory(self) -> int | None:
+        """Bytes that this backend may still take, on its device."""
+        return memory.free()
+
+    def peak_memory(self) -> int | None:
+        """The most bytes taken so far, on its device."""
+        return memory.peak()
+
+    @contextmanager
+    def _memory_for(self, what: str, flag: str) -> Iterator[None]:
+        """Turn whatever a framework raises when memory runs out into one sentence, and free what can be freed."""
+        try:
+            yield
+            return
+        except (MemoryError, RuntimeError) as error:
+            if not memory.ran_out(error):
+                raise
+            said = " ".join(str(error).split())[:120] or type(error).__name__
+            traceback.clear_frames(error.__traceback__)  # they hold the arrays that were too many
+        gc.collect()
+        self._tidy()
+        raise OutOfMemory(f"memory ran out when {what}: lower {flag} ({said})") from None
 
     def _tidy(self) -> None:  # noqa: B027 - not every framework keeps some
         """Give memory that is not needed back to the system: called between stages."""
@@ -170,15 +206,28 @@ class LocalBackend(ABC):
         check_prompts(prompts, n, keys, self.context)
         self._enter(role)
         for batch in self._groups(prompts):
-            self._enter(role)
-            decoder = self._decoder([prompts[index] for index in batch], [keys[index] for index in batch], sampling)
-            waiting: dict[int, dict[int, Answer]] = {index: {} for index in batch}
-            for place, answer in decoder.answers(lambda: self._enter(role)):
-                index = batch[place // n]
-                waiting[index][place % n] = answer
-                if len(waiting[index]) == n:
-                    yield index, tuple(self._completion(waiting[index][k]) for k in range(n))
+            with self._memory_for(f"{len(batch)} prompts were answered together", "--sample-batch"):
+                yield from self._answers(batch, prompts, n, sampling, keys, role)
         self._tidy()
+
+    def _answers(
+        self,
+        batch: Sequence[int],
+        prompts: Sequence[Ids],
+        n: int,
+        sampling: Sampling,
+        keys: Sequence[Sequence[bytes]],
+        role: str,
+    ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
+        """Answer the prompts of one batch together."""
+        self._enter(role)
+        decoder = self._decoder([prompts[index] for index in batch], [keys[index] for index in batch], sampling)
+        waiting: dict[int, dict[int, Answer]] = {index: {} for index in batch}
+        for place, answer in decoder.answers(lambda: self._enter(role)):
+            index = batch[place // n]
+            waiting[index][place % n] = answer
+            if len(waiting[index]) == n:
+                yield index, tuple(self._completion(waiting[index][k]) for k in range(n))
 
     def _completion(self, answer: Answer) -> Completion:
         ids, logprobs, ended = answer
@@ -192,10 +241,12 @@ class LocalBackend(ABC):
         """Yield (index of row, one Score per response), rows of like length first scored together."""
         self._adapter(role)
         check_rows(rows, self.context, self.vocabulary)
-        for batch in batches(rows, self.settings.batching.score):
-            self._enter(role)
-            packed = pack([rows[index] for index in batch])
-            yield from zip(batch, packed.scores(self._token_logprobs(packed), per_token), strict=True)
+        for batch in batches(rows, self.batching.score):
+            with self._memory_for(f"{len(batch)} rows were scored together", "--score-batch"):
+                self._enter(role)
+                packed = pack([rows[index] for index in batch])
+                scores = packed.scores(self._token_logprobs(packed), per_token)
+            yield from zip(batch, scores, strict=True)
         self._tidy()
 
     # Training
@@ -208,20 +259,23 @@ class LocalBackend(ABC):
         self._training = self._new_training(optimizer, name)
         self._tidy()
 
-    def dpo_step(self, rows: Sequence[Row], objective: Objective, learning_rate: float) -> StepStats:
+    def dpo_step(
+        self, rows: Sequence[Row], objective: Objective, learning_rate: float, reference: Floats | None = None
+    ) -> StepStats:
         """One optimizer step on the mean loss over rows, micro-batch by micro-batch in row order."""
         if self._training is None:
             raise BackendError("no training is under way: call start_training or restore first")
         check_rows(rows, self.context, self.vocabulary)
-        return self._training.step(rows, objective, learning_rate, self.settings.batching.micro)
+        with self._memory_for(f"{min(self.batching.micro, len(rows))} pairs were trained on together", "--micro-batch"):
+            return self._training.step(rows, objective, learning_rate, self.batching, reference)
 
-    def save(self, folder: Path, role: str = POLICY) -> None:
+    def save(self, folder: Path, role: str = POLICY, optimizer: bool = True) -> None:
         """Write the adapter (PEFT, float32) and, for POLICY in training, `optimizer.safetensors` beside it."""
         name = self._adapter(role)
         if name is None:
             raise BackendError(f"role {role!r} is the bare base: there is no adapter to save")
         self.adapters.save(name, folder)
-        if role == POLICY and self._training is not None:
+        if optimizer and role == POLICY and self._training is not None:
             self._training.save(folder)
 
     def restore(self, folder: Path) -> None:

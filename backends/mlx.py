@@ -18,7 +18,7 @@ from spa_lite.backends.chat import ChatTokenizer
 from spa_lite.backends.local import LocalBackend, by_length
 from spa_lite.backends.mlx_adapters import Adapters
 from spa_lite.backends.mlx_checks import checks
-from spa_lite.backends.mlx_device import advice
+from spa_lite.backends.mlx_device import advice, device_in_use, free_memory
 from spa_lite.backends.mlx_model import Net, load
 from spa_lite.backends.mlx_sampling import Decoder, Way, best_way
 from spa_lite.backends.mlx_scoring import logprobs
@@ -50,7 +50,7 @@ class MlxBackend(LocalBackend):
         adapter = self._roles.get(POLICY)
         tree = self.adapters.held[adapter].tree if adapter else {}
         return {
-            "device": "gpu" if mx.default_device() == mx.gpu else "cpu",
+            "device": device_in_use(),
             "dtype": str(self._loaded.dtype).removeprefix("mlx.core."),
             "bits": self._loaded.bits,
             "architecture": type(self.net.model).__module__.rpartition(".")[2],
@@ -70,9 +70,17 @@ class MlxBackend(LocalBackend):
         """Whether Metal agrees with the CPU, and whether the CPU's matrix library is the fast one."""
         return checks(self, self.net)
 
+    def free_memory(self) -> int | None:
+        """Bytes that this backend may still take."""
+        return free_memory(device_in_use())
+
+    def peak_memory(self) -> int | None:
+        """The most bytes that MLX has held."""
+        return int(mx.get_peak_memory())
+
     def _groups(self, prompts: Sequence[Ids]) -> list[list[int]]:
         self._way = self._way or best_way(self.net)
-        return by_length(prompts, self.settings.batching.sample, equal=self._way != "padded")
+        return by_length(prompts, self.batching.sample, equal=self._way != "padded")
 
     def _decoder(self, prompts: Sequence[Ids], keys: Sequence[Sequence[bytes]], sampling: Sampling) -> Decoder:
         return Decoder(self.net, prompts, keys, sampling, self.tokenizer.stop_ids, self._way or "none")
@@ -81,14 +89,7 @@ class MlxBackend(LocalBackend):
         return logprobs(self.net, packed)
 
     def _new_training(self, optimizer: Optimizer, adapter: str) -> Training:
-        return Training(
-            self.net,
-            self.adapters,
-            optimizer,
-            adapter,
-            lambda: self._adapter(PREVIOUS),
-            self.settings.batching.gradient_checkpointing,
-        )
+        return Training(self.net, self.adapters, optimizer, adapter, lambda: self._adapter(PREVIOUS))
 
     def _old_training(self, folder: Path, adapter: str) -> Training | None:
         if not (folder / STATE).is_file():

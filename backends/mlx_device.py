@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from spa_lite.backends import memory
 from spa_lite.errors import BackendError
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -28,10 +29,15 @@ def pick_device(wanted: str) -> str:
         raise BackendError("device 'gpu' is not here: this MLX sees no Apple GPU; use cpu")
     if wanted != "auto":
         mx.set_default_device(mx.gpu if wanted == "gpu" else mx.cpu)
-    device = "gpu" if mx.default_device() == mx.gpu else "cpu"
+    device = device_in_use()
     if device == "gpu" and mx.metal.is_available():
         _limit_memory()
     return device
+
+
+def device_in_use() -> str:
+    """cpu or gpu."""
+    return "gpu" if mx.default_device() == mx.gpu else "cpu"
 
 
 def _limit_memory() -> None:
@@ -47,6 +53,12 @@ def _limit_memory() -> None:
             mx.set_wired_limit(int(recommended) * 3 // 4)
         except (ValueError, RuntimeError):  # before macOS 15 there is no such limit
             return
+
+
+def free_memory(device: str) -> int:
+    """Bytes that may still be taken: on a GPU of what the system recommends, else of main memory."""
+    recommended = mx.device_info().get("max_recommended_working_set_size") if device == "gpu" else None
+    return max(0, int(recommended) - int(mx.get_active_memory())) if recommended else memory.free()
 
 
 @contextmanager

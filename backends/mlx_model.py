@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,22 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes, get_total_parameters, load_model
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from spa_lite.backend import ModelSettings
-from spa_lite.backends.mlx_device import DTYPES, pick_device, same_random_state
-from spa_lite.backends.model_folder import check_name, context_of, digest_weights, eos_ids, fetch, fetched
+from spa_lite.backends.mlx_device import DTYPES, free_memory, pick_device, same_random_state
+from spa_lite.backends.model_folder import (
+    Known,
+    check_name,
+    context_of,
+    digest_weights,
+    eos_ids,
+    fetch,
+    fetched,
+    generation_of,
+    offline,
+    weights_in,
+)
 from spa_lite.backends.quiet import quiet
 from spa_lite.errors import BackendError, ModelError
 
@@ -58,19 +69,13 @@ def load(settings: ModelSettings) -> Loaded:
     name = check_name(settings.model)
     folder = fetched(name, code=settings.trust_remote_code)
     trust = {"trust_remote_code": settings.trust_remote_code}
-    raw = fetch(name, "config", lambda: json.loads((folder / "config.json").read_text()))
+    read = _read_config(name, folder, trust)
+    full = read.full
     with quiet():
-        known = _transformers_config(folder, raw, trust)
         tokenizer = fetch(name, "tokenizer", lambda: AutoTokenizer.from_pretrained(folder, **trust))
-        generation = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
-    full = raw | (known.to_dict() if known is not None else {})
-    changes, notes, limit = agreed_config(name, raw, full)
     with same_random_state():
-        model, config = fetch(name, "weights", lambda: _load(folder, changes, trust))
-    context = context_of(_Fields(full.get("text_config") or full))
-    window = _window_not_kept(model, full | changes)
-    if window and window < context:
-        notes.append(f"mlx-lm has no sliding window for this architecture: sequences end at {window} tokens")
+        model, config = fetch(name, "weights", lambda: _load(folder, read.changes, trust))
+    context, notes = _context(model, read)
     dtype = _set_dtype(model, settings.dtype, device)
     bits = _bits(model, config, settings.load_in_4bit, dtype)
     model.eval()
@@ -80,21 +85,70 @@ def load(settings: ModelSettings) -> Loaded:
     return Loaded(
         model=model,
         tokenizer=tokenizer,
-        eos_ids=eos_ids(_Fields(full), generation),
+        eos_ids=eos_ids(_Fields(full), generation_of(folder)),
         config=full,
         parameters=get_total_parameters(model),
         dtype=dtype,
         bits=bits,
-        context=min(filter(None, (context, window, limit))),
-        notes=tuple(notes),
+        context=context,
+        notes=notes,
         weights_digest=digest_weights(folder),
     )
 
 
-def _load(folder: Path, changes: dict[str, Any], trust: Mapping[str, Any]) -> Any:
+def known(settings: ModelSettings, folder: Path) -> Known:
+    """What `load` would say of the model in a folder. No weight is read, and none need be there."""
+    device, name = pick_device(settings.device), settings.model
+    read = _read_config(name, folder, offline(settings))
+    trust = {"trust_remote_code": settings.trust_remote_code}
+    with same_random_state():
+        model, config = fetch(name, "config", lambda: _load(folder, read.changes, trust, strict=False))
+    said = DTYPES.get(str(read.full.get("dtype")), mx.float32)
+    dtype = _pick_dtype(settings.dtype, device, lambda: _own_dtype(model) if weights_in(folder) else said)
+    return Known(
+        config=read.full,
+        device=device,
+        dtype=str(dtype).removeprefix("mlx.core."),
+        bits=_bits_wanted(config.get("quantization"), settings.load_in_4bit, dtype),
+        context=_context(model, read)[0],
+        eos_ids=eos_ids(_Fields(read.full), generation_of(folder)),
+        free_memory=lambda: free_memory(device),
+    )
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A config.json: as it lies there, with transformers' defaults, and what mlx-lm must be told besides."""
+
+    raw: dict[str, Any]
+    full: dict[str, Any]
+    changes: dict[str, Any]
+    notes: tuple[str, ...]
+    limit: int | None
+
+
+def _read_config(name: str, folder: Path, trust: Mapping[str, Any]) -> _Read:
+    raw = fetch(name, "config", lambda: json.loads((folder / "config.json").read_text()))
+    with quiet():
+        config = _transformers_config(folder, raw, trust)
+    full = raw | (config.to_dict() if config is not None else {})
+    changes, notes, limit = agreed_config(name, raw, full)
+    return _Read(raw, full, changes, tuple(notes), limit)
+
+
+def _context(model: Any, read: _Read) -> tuple[int, tuple[str, ...]]:
+    """The longest sequence in which mlx-lm computes what transformers does; all notes."""
+    context, notes = context_of(_Fields(read.full.get("text_config") or read.full)), read.notes
+    window = _window_not_kept(model, read.full | read.changes)
+    if window and window < context:
+        notes = (*notes, f"mlx-lm has no sliding window for this architecture: sequences end at {window} tokens")
+    return min(filter(None, (context, window, read.limit))), notes
+
+
+def _load(folder: Path, changes: dict[str, Any], trust: Mapping[str, Any], strict: bool = True) -> Any:
     """Model and config. MLX names the weights that are missing in the second line of what it says."""
     try:
-        return load_model(folder, lazy=True, model_config=changes, **trust)
+        return load_model(folder, lazy=True, strict=strict, model_config=changes, **trust)
     except ValueError as error:
         raise ValueError(" ".join(str(error).split())) from error
 
@@ -239,28 +293,39 @@ def _window_not_kept(model: Any, full: Mapping[str, Any]) -> int | None:
 
 
 def _set_dtype(model: Any, wanted: str, device: str) -> Any:
-    """auto: float32 on the CPU, where half precision is far slower; the file's own on the GPU."""
-    if wanted not in ("auto", *DTYPES):
-        raise BackendError(f"there is no dtype {wanted!r}: use auto, {', '.join(DTYPES)}")
-    floating = [value.dtype for _, value in tree_flatten(model.parameters()) if mx.issubdtype(value.dtype, mx.floating)]
-    own = max(set(floating), key=floating.count)
-    dtype = DTYPES[wanted] if wanted != "auto" else mx.float32 if device == "cpu" else own
+    """Put all weights into one precision."""
+    dtype = _pick_dtype(wanted, device, lambda: _own_dtype(model))
     model.set_dtype(dtype)
     return dtype
 
 
+def _pick_dtype(wanted: str, device: str, own: Callable[[], Any]) -> Any:
+    """auto: float32 on the CPU, where half precision is far slower; the file's own on the GPU."""
+    if wanted not in ("auto", *DTYPES):
+        raise BackendError(f"there is no dtype {wanted!r}: use auto, {', '.join(DTYPES)}")
+    return DTYPES[wanted] if wanted != "auto" else mx.float32 if device == "cpu" else own()
+
+
+def _own_dtype(model: Any) -> Any:
+    """The precision of most of a model's arrays."""
+    floating = [value.dtype for _, value in tree_flatten(model.parameters()) if mx.issubdtype(value.dtype, mx.floating)]
+    return max(set(floating), key=floating.count)
+
+
 def _bits(model: Any, config: Mapping[str, Any], load_in_4bit: bool, dtype: Any) -> int:
     """Bits per weight of the linear layers; quantises a plain model if that was asked for."""
-    quantization = config.get("quantization")
-    if quantization:
-        bits = int(quantization["bits"])
-        if load_in_4bit and bits != 4:
-            raise BackendError(f"this model comes in {bits} bits: leave --load-in-4bit out, or take its plain version")
-        return bits
-    if load_in_4bit:
+    quantized = config.get("quantization")
+    bits = _bits_wanted(quantized, load_in_4bit, dtype)
+    if load_in_4bit and not quantized:
         nn.quantize(model, bits=4, class_predicate=_four_bit)
-        return 4
-    return int(dtype.size * 8)
+    return bits
+
+
+def _bits_wanted(quantized: Mapping[str, Any] | None, load_in_4bit: bool, dtype: Any) -> int:
+    bits = int(quantized["bits"]) if quantized else 4 if load_in_4bit else int(dtype.size * 8)
+    if load_in_4bit and bits != 4:
+        raise BackendError(f"this model comes in {bits} bits: leave --load-in-4bit out, or take its plain version")
+    return bits
 
 
 def _read(model: Any) -> None:

@@ -17,17 +17,18 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_map
 from mlx_lm.tuner.trainer import grad_checkpoint
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 from safetensors.numpy import save as to_bytes
 
-from spa_lite.backend import Batch, Floats, Objective, Optimizer, Outcome, StepStats
+from spa_lite.backend import Batch, Batching, Floats, Objective, Optimizer, Outcome, StepStats
 from spa_lite.backends.mlx_adapters import Adapters, Held, Tree, peft_key
 from spa_lite.backends.mlx_model import Net
 from spa_lite.backends.mlx_scoring import extrapolated_logprobs, response_states, tiled, to_numpy, token_logprobs
-from spa_lite.backends.packing import Packed, pack, step_stats
+from spa_lite.backends.packing import Packed, micro_batches, pack, step_stats
 from spa_lite.errors import ModelError
 from spa_lite.records import Row
 
@@ -52,15 +53,14 @@ class Training:
         optimizer: Optimizer,
         policy: str,
         previous: Callable[[], str | None],
-        checkpointing: bool = False,
     ) -> None:
         self.net, self.adapters, self.settings, self.policy, self.previous = net, adapters, optimizer, policy, previous
-        self.checkpointing = checkpointing
         # Without bias correction, MLX's default, the first step is 2e-3 away from PyTorch's at a rate of 1e-3.
         self.adamw = optim.AdamW(
             0.0, [optimizer.beta1, optimizer.beta2], optimizer.eps, optimizer.weight_decay, bias_correction=True
         )
         self.adamw.init(self._held.tree)
+        self.checkpointing = False
         self.programs: dict[str, Program] = {}
         self.traces = 0
 
@@ -68,17 +68,27 @@ class Training:
     def _held(self) -> Held:
         return self.adapters.held[self.policy]
 
-    def step(self, rows: Sequence[Row], objective: Objective, learning_rate: float, micro: int) -> StepStats:
+    def step(
+        self,
+        rows: Sequence[Row],
+        objective: Objective,
+        learning_rate: float,
+        batching: Batching,
+        reference: Floats | None = None,
+    ) -> StepStats:
         """Accumulate the gradient of the mean loss over rows, then move, unless something is not finite."""
+        self.checkpointing = batching.gradient_checkpointing
         total: Tree = {key: mx.zeros_like(array) for key, array in self._held.tree.items()}
         parts = []
-        for start in range(0, len(rows), micro):
-            batch, outcome, gradient = self._accumulate(rows[start : start + micro], objective, len(rows))
-            parts.append((batch, outcome))
-            total = {key: total[key] + gradient[key] for key in total} if gradient else total
-            mx.eval(total)
-        # Leaves no array of a finished program in the layers.
-        self.adapters.place({}, {})
+        try:
+            for some, known in micro_batches(rows, reference, batching.micro):
+                batch, outcome, gradient = self._accumulate(some, known, objective, len(rows))
+                parts.append((batch, outcome))
+                total = {key: total[key] + gradient[key] for key in total} if gradient else total
+                mx.eval(total)
+        finally:
+            # Leaves no array of a finished program in the layers.
+            self.adapters.place({}, {})
         norm = float(mx.sqrt(sum(mx.square(array).sum() for array in total.values())).item())
         finite = bool(np.isfinite(norm)) and all(np.isfinite(outcome.loss).all() for _, outcome in parts)
         if finite:
@@ -86,21 +96,28 @@ class Training:
         return step_stats(parts, norm, not finite)
 
     def _move(self, gradient: Tree, norm: float, learning_rate: float) -> None:
-        """One AdamW step; the gradient's global norm is clipped as PyTorch clips it."""
+        """One AdamW step, whole or not at all; the gradient's global norm is clipped as PyTorch clips it."""
+        held, before = self._held, (self._held.tree, tree_map(lambda array: array, self.adamw.state))
         limit = self.settings.max_grad_norm
         scale = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
         self.adamw.learning_rate = learning_rate
         clipped = {key: array * scale for key, array in gradient.items()}
-        self._held.tree = self.adamw.apply_gradients(clipped, self._held.tree)
-        mx.eval(self._held.tree, self.adamw.state)
+        try:
+            held.tree = self.adamw.apply_gradients(clipped, held.tree)
+            mx.eval(held.tree, self.adamw.state)
+        except BaseException:
+            held.tree, self.adamw.state = before
+            raise
 
-    def _accumulate(self, rows: Sequence[Row], objective: Objective, total: int) -> tuple[Batch, Outcome, Tree]:
+    def _accumulate(
+        self, rows: Sequence[Row], known: Floats | None, objective: Objective, total: int
+    ) -> tuple[Batch, Outcome, Tree]:
         """What the objective made of one micro-batch, and the gradient of its share of the mean loss."""
         packed = pack(rows)
         strength, held = objective.extrapolation, self._held
         name = self.previous()
         previous = BASE if name is None else self.adapters.held[name]
-        program = self._program(held, previous, strength, objective.reference)
+        program = self._program(held, previous, strength, objective.reference and (known is None or strength > 0))
         inputs = [list(held.tree.values()), list(previous.tree.values()), *map(mx.array, padded(packed))]
         late = mx.full(inputs[-1].shape, mx.nan)
         mx.eval(late)
@@ -111,7 +128,8 @@ class Training:
         def sums(values: mx.array) -> Floats:
             return packed.sums(to_numpy(values)[:count]) if len(values) else np.zeros(0)
 
-        batch = Batch(sums(logp), sums(reference), sums(mixed), packed.lengths, packed.row)
+        expected = known if known is not None and objective.reference and strength == 0 else sums(reference)
+        batch = Batch(sums(logp), expected, sums(mixed), packed.lengths, packed.row)
         outcome = objective(batch)
         if not (np.isfinite(outcome.loss).all() and count):
             return batch, outcome, {}
@@ -127,7 +145,7 @@ class Training:
     def _program(self, policy: Held, previous: Held, strength: float, reference: bool) -> Program:
         """The compiled program for adapters of these shapes: one for a whole training, in practice."""
         shapes = [[held.scales, [array.shape for array in held.tree.values()]] for held in (policy, previous)]
-        key = json.dumps([shapes, strength, reference])
+        key = json.dumps([shapes, strength, reference, self.checkpointing])
         if key not in self.programs:
             self.programs[key] = mx.compile(self._traced(policy, previous, strength, reference))
         return self.programs[key]
@@ -135,7 +153,7 @@ class Training:
     def _traced(self, policy: Held, previous: Held, strength: float, reference: bool) -> Program:
         """(policy, previous, ids, places, targets, weights) -> log-probs [N] of policy, previous and mix, gradient."""
         net, adapters = self.net, self.adapters
-        adapted_head = "lm_head" in policy.scales
+        adapted_head, checkpointing = "lm_head" in policy.scales, self.checkpointing
 
         def program(trained: Arrays, frozen: Arrays, ids: Any, places: Any, targets: Any, weights: Any) -> Any:
             self.traces += 1
@@ -153,7 +171,7 @@ class Training:
 
             def forward(*arrays: mx.array) -> list[mx.array]:
                 enter(policy, list(arrays))
-                with checkpointed(net.model, self.checkpointing):
+                with checkpointed(net.model, checkpointing):
                     own = response_states(net, ids, places)
                 logp = tiled(net, plain, own, targets, again=not adapted_head)
                 if strength == 0:

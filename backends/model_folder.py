@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+from transformers import GenerationConfig
 
+from spa_lite.backend import ModelSettings
 from spa_lite.errors import ModelError, SpaError
+from spa_lite.keys import digest
 from spa_lite.sources import reachable
 
 WHOLE = 64 * 2**20
 """Weight files up to this size are digested whole; of larger ones the header and 64 blocks spread over the file."""
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
 """What is fetched from the hub: never pickles, and code only where it is trusted."""
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the framework that would load a model says of it before it reads the weights."""
+
+    config: dict[str, Any]  # as transformers reads it, with its defaults
+    device: str
+    dtype: str
+    bits: int
+    context: int
+    eos_ids: frozenset[int]
+    free_memory: Callable[[], int]  # bytes that may be taken on the device
 
 
 def check_name(name: str) -> str:
@@ -35,6 +54,30 @@ def check_name(name: str) -> str:
     raise ModelError(f"{name} is no folder here, and the model hub cannot be reached; give --model a folder")
 
 
+def at_hand(name: str) -> Path:
+    """The folder of a model whose weights may be missing: itself, or the hub cache's. Asks nothing of the network."""
+    path = Path(name).expanduser()
+    cached = None if path.is_dir() or name.count("/") > 1 else try_to_load_from_cache(name, "config.json")
+    folder = path if path.is_dir() else Path(cached).parent if isinstance(cached, str) else None
+    if folder is None:
+        raise ModelError(
+            f"{name} is no folder here and not in the hub's cache; its config is enough for an estimate: "
+            f"hf download {name} config.json"
+        )
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is no model folder: it has no config.json")
+    return folder
+
+
+def weights_in(folder: Path) -> list[Path]:
+    """The weight files of a model folder, or none if one of them is missing."""
+    found = sorted(folder.glob("*.safetensors"))
+    if (folder / INDEX).is_file():
+        named = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+        return found if named <= {path.name for path in found} else []
+    return found
+
+
 def fetch(name: str, what: str, read: Callable[[], Any]) -> Any:
     """Run one `from_pretrained`; whatever it raises becomes one sentence."""
     try:
@@ -48,6 +91,17 @@ def fetch(name: str, what: str, read: Callable[[], Any]) -> Any:
         if Path(name).is_dir():
             raise ModelError(f"the {what} of {name} cannot be used: {reason}") from error
         raise ModelError(f"{name} is no folder here, and its {what} cannot be had from the hub: {reason}") from error
+
+
+def offline(settings: ModelSettings) -> dict[str, bool]:
+    """How a `from_pretrained` is kept from the network."""
+    return {"trust_remote_code": settings.trust_remote_code, "local_files_only": True}
+
+
+def generation_of(folder: Path) -> Any:
+    """The generation config in a folder; None if there is none."""
+    there = (folder / "generation_config.json").is_file()
+    return GenerationConfig.from_pretrained(folder, local_files_only=True) if there else None
 
 
 def eos_ids(config: Any, generation: Any) -> frozenset[int]:
@@ -75,25 +129,30 @@ def fetched(name: str, code: bool = False) -> Path:
 
 def digest_weights(folder: Path) -> str:
     """Digest of config and weights from their files."""
-    digest = hashlib.blake2b(digest_size=16)
+    hasher = hashlib.blake2b(digest_size=16)
     for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        digest.update(path.name.encode())
-        _add(path, digest)
-    return digest.hexdigest()
+        hasher.update(path.name.encode())
+        _add(path, hasher)
+    return hasher.hexdigest()
 
 
-def _add(path: Path, digest: Any) -> None:
+def fingerprint(weights: str, tokenizer: str) -> str:
+    """Digest of weights, tokenizer and template, from the digests of each."""
+    return digest(weights, tokenizer).hex()
+
+
+def _add(path: Path, hasher: Any) -> None:
     size = path.stat().st_size
-    digest.update(size.to_bytes(8, "little"))
+    hasher.update(size.to_bytes(8, "little"))
     with path.open("rb") as file:
         if size <= WHOLE:
-            digest.update(file.read())
+            hasher.update(file.read())
             return
         header = int.from_bytes(file.read(8), "little")
-        digest.update(file.read(min(header, WHOLE)))
+        hasher.update(file.read(min(header, WHOLE)))
         for block in range(64):
             file.seek(block * (size - 65536) // 63)
-            digest.update(file.read(65536))
+            hasher.update(file.read(65536))
 
 
 def context_of(config: Any) -> int:

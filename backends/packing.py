@@ -82,6 +82,18 @@ def batches(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
         yield batch
 
 
+def micro_batches(
+    rows: Sequence[Row], reference: Floats | None, size: int
+) -> Iterator[tuple[Sequence[Row], Floats | None]]:
+    """Yield `size` rows at a time, each time with the known reference sums [responses] of these rows, if any."""
+    begin = 0
+    for start in range(0, len(rows), size):
+        some = rows[start : start + size]
+        end = begin + sum(len(row.responses) for row in some)
+        yield some, None if reference is None else reference[begin:end]
+        begin = end
+
+
 def step_stats(parts: Sequence[tuple[Batch, Outcome]], grad_norm: float, skipped: bool) -> StepStats:
     """What an optimizer step reports, from what its micro-batches saw."""
     batches_ = [batch for batch, _ in parts]

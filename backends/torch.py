@@ -17,7 +17,7 @@ from spa_lite.backends.chat import ChatTokenizer
 from spa_lite.backends.local import LocalBackend, by_length
 from spa_lite.backends.packing import Packed
 from spa_lite.backends.torch_adapters import Adapters
-from spa_lite.backends.torch_model import Net, count, load
+from spa_lite.backends.torch_model import Net, bits_of, count, free_memory, load
 from spa_lite.backends.torch_sampling import Decoder, cache_works
 from spa_lite.backends.torch_scoring import response_states, to_numpy, token_logprobs
 from spa_lite.backends.torch_training import Training
@@ -49,7 +49,7 @@ class TorchBackend(LocalBackend):
         return {
             "device": str(self.net.device),
             "dtype": str(self._dtype).removeprefix("torch."),
-            "bits": 4 if self.settings.load_in_4bit else torch.finfo(self._dtype).bits,
+            "bits": bits_of(self.settings, self._dtype),
             "architecture": type(self.net.model).__name__,
             "parameters": self._base_parameters,
             "adapter_parameters": count(self.adapters.tensors(adapter).values()) if adapter else 0,
@@ -64,10 +64,23 @@ class TorchBackend(LocalBackend):
         found += ["MPS (Apple)"] * torch.backends.mps.is_available()
         yield "a GPU that PyTorch can use", True if found else None, ", ".join(found) or "none: the CPU is used"
 
+    def free_memory(self) -> int | None:
+        """Bytes that this backend may still take, on its device."""
+        return free_memory(self.net.device)
+
+    def peak_memory(self) -> int | None:
+        """The most bytes taken so far: what PyTorch counted on CUDA, elsewhere the whole process."""
+        device = self.net.device
+        return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else super().peak_memory()
+
+    def _tidy(self) -> None:
+        if self.net.device.type != "cpu":
+            (torch.cuda if self.net.device.type == "cuda" else torch.mps).empty_cache()
+
     def _groups(self, prompts: Sequence[Ids]) -> list[list[int]]:
         if self._cached is None:
             self._cached = cache_works(self.net)
-        return by_length(prompts, self.settings.batching.sample)
+        return by_length(prompts, self.batching.sample)
 
     def _decoder(self, prompts: Sequence[Ids], keys: Sequence[Sequence[bytes]], sampling: Sampling) -> Decoder:
         return Decoder(self.net, prompts, keys, sampling, self.tokenizer.stop_ids, bool(self._cached))
@@ -78,7 +91,6 @@ class TorchBackend(LocalBackend):
 
     def _new_training(self, optimizer: Optimizer, adapter: str) -> Training:
         training = Training(self.net, self._enter, optimizer, self.adapters.tensors(adapter))
-        training.checkpointing = self.settings.batching.gradient_checkpointing
         self.adapters.train_only(adapter)
         return training
 

@@ -6,14 +6,26 @@ import importlib.util
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from spa_lite.backend import ModelSettings
-from spa_lite.backends.model_folder import check_name, context_of, digest_weights, eos_ids, fetch, folder_of
+from spa_lite.backends import memory
+from spa_lite.backends.model_folder import (
+    Known,
+    check_name,
+    context_of,
+    digest_weights,
+    eos_ids,
+    fetch,
+    folder_of,
+    generation_of,
+    offline,
+)
 from spa_lite.backends.quiet import quiet
 from spa_lite.errors import BackendError, BackendMissing, ModelError
 
@@ -56,6 +68,31 @@ def load(settings: ModelSettings) -> Loaded:
     return Loaded(model.eval(), tokenizer, ends, device, dtype, digest_weights(folder_of(name)))
 
 
+def known(settings: ModelSettings, folder: Path) -> Known:
+    """What `load` would say of the model in a folder, from its configuration alone."""
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.dtype, device)
+    if settings.load_in_4bit:
+        _four_bit(device, dtype)
+    with quiet():
+        config = fetch(str(folder), "config", lambda: AutoConfig.from_pretrained(folder, **offline(settings)))
+        generation = generation_of(folder) or GenerationConfig.from_model_config(config)
+    return Known(
+        config=config.to_dict(),
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        bits=bits_of(settings, dtype),
+        context=context_of(config.get_text_config()),
+        eos_ids=eos_ids(config, generation),
+        free_memory=lambda: free_memory(device),
+    )
+
+
+def bits_of(settings: ModelSettings, dtype: torch.dtype) -> int:
+    """Bits per weight of the linear layers."""
+    return 4 if settings.load_in_4bit else torch.finfo(dtype).bits
+
+
 def pick_device(wanted: str) -> torch.device:
     """auto: CUDA, then MPS, then CPU. A device that is not there is refused."""
     if wanted == "auto":
@@ -78,6 +115,16 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     if wanted not in DTYPES:
         raise BackendError(f"there is no dtype {wanted!r}: use auto, {', '.join(DTYPES)}")
     return DTYPES[wanted]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be taken on a device; what PyTorch holds there for later use counts as free."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held
+    if device.type == "mps":
+        return max(0, int(torch.mps.recommended_max_memory()) - int(torch.mps.current_allocated_memory()))
+    return memory.free()
 
 
 def _no_dropout(config: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,8 +17,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from spa_lite.backend import POLICY, PREVIOUS, Batch, Floats, Objective, Optimizer, Outcome, StepStats
-from spa_lite.backends.packing import Packed, pack, step_stats
+from spa_lite.backend import POLICY, PREVIOUS, Batch, Batching, Floats, Objective, Optimizer, Outcome, StepStats
+from spa_lite.backends.packing import Packed, micro_batches, pack, step_stats
 from spa_lite.backends.torch_model import Net
 from spa_lite.backends.torch_scoring import (
     extrapolated_logprobs,
@@ -38,8 +39,6 @@ Enter = Callable[[str], None]
 class Training:
     """AdamW on one adapter's parameters, float32. `enter` switches the base to a role's adapter."""
 
-    checkpointing = False
-
     def __init__(self, net: Net, enter: Enter, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
         self.net, self.enter, self.settings = net, enter, optimizer
         self.parameters = dict(parameters)
@@ -50,33 +49,57 @@ class Training:
             weight_decay=optimizer.weight_decay,
         )
 
-    def step(self, rows: Sequence[Row], objective: Objective, learning_rate: float, micro: int) -> StepStats:
+    def step(
+        self,
+        rows: Sequence[Row],
+        objective: Objective,
+        learning_rate: float,
+        batching: Batching,
+        reference: Floats | None = None,
+    ) -> StepStats:
         """Accumulate the gradient of the mean loss over rows, then move, unless something is not finite."""
-        self.adamw.zero_grad(set_to_none=True)
-        with layers_checkpointed(self.net.model, self.checkpointing):
-            parts = [
-                self._accumulate(rows[start : start + micro], objective, len(rows))
-                for start in range(0, len(rows), micro)
-            ]
-        norm = self._clip()
-        finite = bool(np.isfinite(norm)) and all(np.isfinite(outcome.loss).all() for _, outcome in parts)
-        if finite:
-            for group in self.adamw.param_groups:
-                group["lr"] = learning_rate
-            self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        try:
+            with layers_checkpointed(self.net.model, batching.gradient_checkpointing):
+                parts = [
+                    self._accumulate(some, known, objective, len(rows))
+                    for some, known in micro_batches(rows, reference, batching.micro)
+                ]
+            norm = self._clip()
+            finite = bool(np.isfinite(norm)) and all(np.isfinite(outcome.loss).all() for _, outcome in parts)
+            if finite:
+                self._move(learning_rate)
+        finally:
+            self.adamw.zero_grad(set_to_none=True)
         return step_stats(parts, norm, not finite)
 
-    def _accumulate(self, rows: Sequence[Row], objective: Objective, total: int) -> tuple[Batch, Outcome]:
+    def _move(self, learning_rate: float) -> None:
+        """One AdamW step, whole or not at all: it works parameter by parameter, and memory may run out half-way."""
+        for group in self.adamw.param_groups:
+            group["lr"] = learning_rate
+        before = [(p, p.detach().clone(), copy.deepcopy(self.adamw.state.get(p))) for p in self.parameters.values()]
+        try:
+            self.adamw.step()
+        except BaseException:
+            for parameter, value, state in before:
+                parameter.data.copy_(value)
+                self.adamw.state.pop(parameter, None)
+                if state is not None:
+                    self.adamw.state[parameter] = state
+            raise
+
+    def _accumulate(
+        self, rows: Sequence[Row], known: Floats | None, objective: Objective, total: int
+    ) -> tuple[Batch, Outcome]:
         """Forward and backward of one micro-batch. The policy's graph is built last and used at once."""
         net, packed = self.net, pack(rows)
         targets, strength = net.tensor(packed.targets), objective.extrapolation
-        with_reference = objective.reference or strength > 0
+        with_reference = strength > 0 or (objective.reference and known is None)
         reference_states = self._states(packed, PREVIOUS) if with_reference else None
         self.enter(POLICY)
         states = response_states(net, packed)
         logp = token_logprobs(net, states, targets)
-        reference = extrapolated = np.zeros(0)
+        reference = known if objective.reference and known is not None else np.zeros(0)
+        extrapolated = np.zeros(0)
         if reference_states is not None:
             tokens, mixed = self._no_gradient_logprobs(targets, states.detach(), reference_states, strength)
             reference = packed.sums(tokens) if objective.reference else reference

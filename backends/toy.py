@@ -35,6 +35,7 @@ from spa_lite.backend import (
     StepStats,
 )
 from spa_lite.backends.checks import check_prompts, check_rows
+from spa_lite.backends.packing import micro_batches
 from spa_lite.errors import BackendError, DataError, ModelError
 from spa_lite.objective import extrapolate
 from spa_lite.records import Completion, Ids, Message, Row, Score
@@ -44,6 +45,7 @@ VOCABULARY = 261
 TURNS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 CONFIG, WEIGHTS, STATE = "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"
 DELTA = "delta"
+Places = Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
 
 
 class ToyTokenizer:
@@ -107,7 +109,7 @@ class ToyBackend:
     context = 4096
 
     def __init__(self, settings: ModelSettings) -> None:
-        self.settings = settings
+        self.settings, self.batching = settings, settings.batching
         self.base = base_matrix(settings.model)
         self.base.setflags(write=False)
         self.tokenizer = ToyTokenizer(settings.system)
@@ -124,6 +126,14 @@ class ToyBackend:
     def machine_checks(self) -> Iterator[tuple[str, bool | None, str]]:
         """Nothing depends on the machine."""
         return iter(())
+
+    def free_memory(self) -> int | None:
+        """Nothing to speak of is needed."""
+        return None
+
+    def peak_memory(self) -> int | None:
+        """Nothing to speak of was needed."""
+        return None
 
     @property
     def description(self) -> dict[str, Any]:
@@ -212,16 +222,17 @@ class ToyBackend:
             raise BackendError("the policy has no adapter to train: bind one to it first")
         self._adamw = AdamW(optimizer, np.zeros_like(delta), np.zeros_like(delta))
 
-    def dpo_step(self, rows: Sequence[Row], objective: Objective, learning_rate: float) -> StepStats:
+    def dpo_step(
+        self, rows: Sequence[Row], objective: Objective, learning_rate: float, reference: Floats | None = None
+    ) -> StepStats:
         """One optimizer step on the mean loss over rows."""
         if self._adamw is None:
             raise BackendError("no training is under way: call start_training or restore first")
         check_rows(rows, self.context, VOCABULARY)
         tables = self._tables(objective)
-        micro = self.settings.batching.micro
         gradient, parts = np.zeros_like(self.base), []
-        for start in range(0, len(rows), micro):
-            batch, outcome, part = _gradient(rows[start : start + micro], objective, tables)
+        for some, known in micro_batches(rows, reference, self.batching.micro):
+            batch, outcome, part = _gradient(some, known, objective, tables)
             gradient += part / len(rows)
             parts.append((batch, outcome))
         losses = np.concatenate([outcome.loss for _, outcome in parts])
@@ -251,7 +262,7 @@ class ToyBackend:
         mixed = extrapolate(policy, previous, strength)
         return log_softmax(policy), log_softmax(previous), log_softmax(mixed)
 
-    def save(self, folder: Path, role: str = POLICY) -> None:
+    def save(self, folder: Path, role: str = POLICY, optimizer: bool = True) -> None:
         """Write the matrix and, for POLICY in training, the optimizer beside it."""
         delta = self._delta(role)
         if delta is None:
@@ -260,7 +271,7 @@ class ToyBackend:
         config = {"peft_type": "TOY", "base_model_name_or_path": self.settings.model}
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (folder / WEIGHTS).write_bytes(safetensors.save({DELTA: delta}))
-        if role == POLICY and self._adamw is not None:
+        if optimizer and role == POLICY and self._adamw is not None:
             state = {"first": self._adamw.first, "second": self._adamw.second, "steps": np.array(self._adamw.steps)}
             settings = json.dumps(dataclasses.asdict(self._adamw.settings), sort_keys=True)
             (folder / STATE).write_bytes(safetensors.save(state | {"settings": _letters(settings)}))
@@ -333,7 +344,7 @@ def base_matrix(model: str) -> Floats:
 
 
 def _gradient(
-    rows: Sequence[Row], objective: Objective, tables: tuple[Floats, Floats, Floats]
+    rows: Sequence[Row], known: Floats | None, objective: Objective, tables: tuple[Floats, Floats, Floats]
 ) -> tuple[Batch, Outcome, Floats]:
     """What the objective says of some rows, and the gradient of their summed loss in the logits matrix.
 
@@ -344,7 +355,7 @@ def _gradient(
     none = np.zeros(0)
     batch = Batch(
         logp=_sums(policy, places),
-        reference=_sums(previous, places) if objective.reference else none,
+        reference=_reference(known, previous, places, objective),
         extrapolated=_sums(mixed, places) if objective.extrapolation > 0 else none,
         tokens=np.array([len(place[0]) for place in places], dtype=np.int64),
         row=np.repeat(np.arange(len(rows)), [len(row.responses) for row in rows]),
@@ -354,6 +365,13 @@ def _gradient(
     for coefficient, place in zip(outcome.coefficients, places, strict=True):
         np.add.at(counts, place, coefficient)
     return batch, outcome, counts - counts.sum(axis=1, keepdims=True) * np.exp(policy)
+
+
+def _reference(known: Floats | None, previous: Floats, places: Places, objective: Objective) -> Floats:
+    """Sums under PREVIOUS: those that are known already, unless the objective extrapolates."""
+    if not objective.reference:
+        return np.zeros(0)
+    return known if known is not None and objective.extrapolation == 0 else _sums(previous, places)
 
 
 def read_delta(folder: Path) -> Floats:
@@ -382,5 +400,5 @@ def _letters(text: str) -> NDArray[np.uint8]:
     return np.frombuffer(text.encode(), dtype=np.uint8)
 
 
-def _sums(logprobs: Floats, places: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> Floats:
+def _sums(logprobs: Floats, places: Places) -> Floats:
     return np.array([logprobs[place].sum() for place in places])

@@ -68,8 +68,9 @@ def sample(
         render.note(line)
     _bind(backend, r)
     with render.progress() as report, writer(output) as write:
-        for answered in sample_step(backend, data.rounds[round_ - 1], r, round_, report, f"round {round_} sample"):
-            write(answered)
+        for chunk in sample_step(backend, data.rounds[round_ - 1], r, round_, report, f"round {round_} sample"):
+            for answered in chunk:
+                write(answered)
 
 
 @command(app, "judge", ["", "inputs", "model", "lengths", "judge", "loss", "batching"])
@@ -127,7 +128,7 @@ def judge(
             )
             judgements: Iterable[Judgement]
             if models.has_other_reference:  # two whole models are never in memory together: one pass each
-                judgements = judge_all(list(samples), policy, models.other_scorer(), r, round_, gold_of(rule))
+                judgements = judge_all(list(samples), policy, models.other_alone, r, round_, gold_of(rule))
             else:
                 reference = no_reference if r.judge.reference == "none" else models.scorer(INIT)
                 judgements = judge_step(samples, policy, reference, r, round_, gold_of(rule))
@@ -173,9 +174,12 @@ def train(
     from spa_lite import backends, data, encode, objective, prepare
     from spa_lite import train as loop
     from spa_lite.backend import POLICY, Lora
+    from spa_lite.checkpoint import Checkpoints
     from spa_lite.cli import render
+    from spa_lite.files import move
     from spa_lite.records import Judgement
-    from spa_lite.stages import Lines, lora_shape, round_objective
+    from spa_lite.stages import lora_shape, round_objective
+    from spa_lite.train import Example
 
     r, _ = resolve(given, set_ or [], config, recipe, scale, default_scale)
     with local(source) as path:
@@ -192,7 +196,7 @@ def train(
             )
             for line in told.lines() + counts.lines()[1:]:
                 render.note(line)
-            rows = [(pair.id, row) for pair, row in encoded]
+            rows = [Example(pair.id, row) for pair, row in encoded]
     if not rows:
         raise DataError(f"{source} holds no pair of different answers, so there is nothing to learn")
     before_use(backend, r)
@@ -204,9 +208,11 @@ def train(
     plan = loop.round_plan(r, len(rows)) if judged else loop.seed_plan(r, len(rows))
     loss = round_objective(r, round_, plan.steps) if judged else objective.Dpo(r.loss.beta)
     stage, number = (f"round {round_} train", round_) if judged else ("seed", 0)
-    with render.progress() as report, Lines(out / "metrics.jsonl") as log:
-        summary = loop.train(backend, rows, loss, plan, r, log, report, stage, number)
-    backend.save(out / "adapter")
+    with tempfile.TemporaryDirectory(dir=out, prefix=".train") as unfinished, render.progress() as report:
+        saved = Checkpoints(Path(unfinished), tell=render.note)
+        summary = loop.train(backend, rows, loss, plan, r, saved, report, stage, number)
+        for name in ("metrics.jsonl", "adapter"):
+            move(Path(unfinished) / name, out / name)
     print(msgspec.json.encode(summary).decode())
     render.note(f"adapter: {out / 'adapter'}")
 
@@ -334,10 +340,8 @@ def holds_samples(path: Path) -> bool:
 @contextmanager
 def writer(output: str) -> Iterator[Any]:
     """Write JSON lines to a file, whole or not at all, or to stdout."""
-    from spa_lite.stages import Lines
-
+    encoder = msgspec.json.Encoder()
     if output == "-":
-        encoder = msgspec.json.Encoder()
         stream: BinaryIO = sys.stdout.buffer
         yield lambda record: stream.write(encoder.encode(record) + b"\n")
         stream.flush()
@@ -345,8 +349,8 @@ def writer(output: str) -> Iterator[Any]:
     path = Path(output)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with Lines(temporary) as write:
-            yield write
+        with temporary.open("wb") as file:
+            yield lambda record: file.write(encoder.encode(record) + b"\n")
         temporary.replace(path)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror}; check the path given with -o") from error

@@ -53,7 +53,7 @@ def export(
 
     from spa_lite import backends, exchange
     from spa_lite.cli import render
-    from spa_lite.store import write_json
+    from spa_lite.files import write_json
 
     check_format(format_)
     adapter = adapter_of(source)

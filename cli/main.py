@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from signal import Signals
 from typing import Annotated
 
 import typer
@@ -41,12 +42,15 @@ def main() -> None:
     """Run a command; explain a failure in one sentence. Exit codes: 1 failure, 2 usage, 130 interrupted."""
     from spa_lite.cli import commands  # noqa: F401 - registers the commands
     from spa_lite.cli.render import fail, note
+    from spa_lite.interrupt import EXIT_CODES, raised
 
     try:
-        code = app(standalone_mode=False) or 0
-        if code == 130:  # how Typer returns from Ctrl-C
-            kept = "finished stages are kept: run the same command again to go on"
-            note(f"interrupted; {kept}" if "run" in sys.argv[1:2] else "interrupted")
+        with raised() as caught:
+            code = app(standalone_mode=False) or 0
+        if code == 130:  # how Typer returns from KeyboardInterrupt
+            kept = "everything so far is kept: run the same command again to go on"
+            note(f"interrupted; {kept}" if {"run", "ablate"} & set(sys.argv[1:3]) else "interrupted")
+            code = next((EXIT_CODES[Signals(number)] for number in caught), 130)
         sys.exit(code)
     except SpaError as error:
         if "--debug" in sys.argv:

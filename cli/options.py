@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,8 +105,9 @@ def resolve(
     recipe: str | None = None,
     scale: str | None = None,
     default_scale: Callable[[dict[str, Any]], str] = lambda flat: "paper",
+    study: tuple[str, Mapping[str, Any]] | None = None,
 ) -> tuple[Recipe, dict[str, str]]:
-    """The recipe of a command (default < recipe < scale < config file < command line), and each value's source."""
+    """The recipe of a command (default < recipe < scale < study < file < command line), and each value's source."""
     file = read_yaml(config) if config else {}
     line = {path: read_text(SETTINGS[path], v) if isinstance(v, str) else v for path, v in given.items()}
     line |= dict(parse_set(text) for text in sets)
@@ -116,6 +117,8 @@ def resolve(
         f"recipe {recipe}": load_layer("recipe", recipe),
         f"scale {scale}": load_layer("scale", scale),
     }
+    if study:
+        layers[f"study {study[0]}"] = dict(study[1])
     if config:
         layers[str(config)] = {k: v for k, v in file.items() if k not in {"name", "scale"}}
     return build(layers | {"command line": line})

@@ -51,8 +51,11 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress() -> Iterator[Report]:
-    """Show events: bars with rate and time left on a terminal, plain lines now and then elsewhere."""
+def progress(keep: bool = True) -> Iterator[Report]:
+    """Show events: bars with rate and time left on a terminal, plain lines now and then elsewhere.
+
+    `keep`: bars of what is done stay on the screen.
+    """
     if err.is_terminal:
         with Progress(
             TextColumn("{task.description:<18}"),
@@ -64,12 +67,12 @@ def progress() -> Iterator[Report]:
             TimeRemainingColumn(),
             console=err,
         ) as bars:
-            yield _bars(bars)
+            yield _bars(bars, keep)
     else:
         yield _lines()
 
 
-def _bars(bars: Progress) -> Report:
+def _bars(bars: Progress, keep: bool) -> Report:
     tasks: dict[str, Any] = {}
 
     def report(event: Event) -> None:
@@ -80,6 +83,8 @@ def _bars(bars: Progress) -> Report:
         if event.stage not in tasks:
             tasks[event.stage] = bars.add_task(safe(event.stage), total=event.total, unit=event.unit)
         bars.update(tasks[event.stage], completed=event.done, total=event.total)
+        if event.done >= event.total and not keep:
+            bars.remove_task(tasks.pop(event.stage))
 
     return report
 
@@ -118,7 +123,11 @@ def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def summary_tables(summary: Mapping[str, Any], seconds: Mapping[str, Mapping[str, float]]) -> list[Table]:
+Spent = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Row of the table -> kind of stage -> seconds and CPU seconds."""
+
+
+def summary_tables(summary: Mapping[str, Any], spent: Spent) -> list[Table]:
     """What happened, a row per stage; and, where the truth is known, the mean of each gold criterion."""
     rows: Sequence[Mapping[str, Any]] = summary["rows"]
     has_gold = any(row.get("gold") for row in rows)
@@ -137,7 +146,7 @@ def summary_tables(summary: Mapping[str, Any], seconds: Mapping[str, Mapping[str
     for name in columns:
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*[_cell(row, name, seconds) for name in columns])
+        table.add_row(*[_cell(row, name, spent) for name in columns])
     return [table, _criteria(rows)] if has_gold else [table]
 
 
@@ -149,7 +158,7 @@ def _counts(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{sizes}; intervals are 95 %" if sizes else ""
 
 
-def _cell(row: Mapping[str, Any], column: str, seconds: Mapping[str, Mapping[str, float]]) -> str:
+def _cell(row: Mapping[str, Any], column: str, spent: Spent) -> str:
     trained, judged, flags = row.get("trained") or {}, row.get("judged") or {}, row.get("flags") or {}
     if column == "stage":
         return str(row["stage"])
@@ -167,7 +176,7 @@ def _cell(row: Mapping[str, Any], column: str, seconds: Mapping[str, Mapping[str
         return f"{flags['flagged_wrong']}/{flags['flagged']}" if flags.get("flagged") else "-"
     if column == "loss":
         return number(trained.get("loss"), 4)
-    return number(sum(seconds.get(str(row["stage"]), {}).values()), 1)
+    return number(sum(stage["seconds"] for stage in spent.get(str(row["stage"]), {}).values()), 1)
 
 
 def _criteria(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -186,3 +195,13 @@ def show(table: Table) -> None:
     """Print a table on stdout; wide enough for its columns when nobody is looking."""
     console = out if out.is_terminal else Console(highlight=False, width=160)
     console.print(table)
+
+
+def duration(seconds: float | None) -> str:
+    """`45 s`, `12 min`, `3 h 20 min`; nothing for an unknown time."""
+    if seconds is None:
+        return ""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from spa_lite.cli import trackers
 from spa_lite.cli.checks import before_use
 from spa_lite.cli.main import app
 from spa_lite.cli.options import command, resolve
+
+if TYPE_CHECKING:
+    from spa_lite.library import Library
+    from spa_lite.store import Run
+
+HOME = Path("runs")
+"""Where runs lie unless --out says otherwise."""
 
 
 def default_scale(flat: dict[str, Any]) -> str:
@@ -38,17 +47,25 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="Run folder (default: runs/<recipe>-<8 hex of recipe and inputs>)")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run folder holds and start over.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete what the run folder holds and compute everything anew.")
+    ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved settings and where each came from.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the settings, the stages to compute and to reuse, memory and time; compute nothing.",
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Align a model: seed DPO, then rounds of sample, judge, train. With no arguments: the built-in lesson.
 
-    The same command again goes on after the last finished stage, or prints the table of a finished run.
+    The same command again goes on where an interrupted run was, or prints the table of a finished one. Stages that
+    another run beside it has computed are taken from there.
     """
     resolved, sources = resolve(given, set_ or [], config, recipe, scale, default_scale)
+    trackers.check(resolved.report_to)
     if dry_run:
         _show_settings(resolved, sources)
         return
@@ -57,8 +74,9 @@ def run(
 
     from spa_lite import backends, prepare
     from spa_lite.cli import render
+    from spa_lite.files import read_json
     from spa_lite.spa import align
-    from spa_lite.store import Run, write_json
+    from spa_lite.store import Run
 
     raw = prepare.read(resolved)
     if prepare.is_lesson(resolved):
@@ -71,49 +89,56 @@ def run(
     for line in data.notes:
         render.note(line)
     before_use(models.backend, resolved)
-    folder = out or Path("runs") / prepare.run_name(resolved, models, data)
+    folder = out or HOME / prepare.run_name(resolved, models, data)
     if fresh and folder.exists():
-        _clear(folder)
-    place = Run(folder)
-    if not (folder / "recipe.yaml").exists():
-        write_recipe(folder, resolved)
+        clear(folder)
+    place = Run(folder, None if fresh else library_beside(folder))
     render.note(f"run folder: {folder}")
-    with render.progress() as report:
+    with (
+        render.progress() as progress,
+        trackers.tracked(progress, resolved.report_to, folder, resolved.to_dict()) as report,
+    ):
         summary = align(models, resolved, data, place, report)
-    write_recipe(folder, resolved)  # once more: settings that no finished stage depends on may have changed
-    seconds = {row["stage"]: place.seconds(row["folder"]) for row in summary["rows"]}
-    write_json(folder / "timings.json", seconds)
     if as_json:
         print(msgspec.json.encode(summary).decode())
         return
-    if not place.computed:
-        render.note("this run is finished; nothing was computed again (--fresh starts over)")
-    for table in render.summary_tables(summary, seconds):
+    say_what_was_reused(place)
+    for table in render.summary_tables(summary, read_json(folder / "timings.json")):
         render.show(table)
     for warning in summary["warnings"]:
         render.note(f"warning: {warning}")
     render.note(f"adapter: {folder / 'adapter'}")
 
 
-def write_recipe(folder: Path, recipe: Any) -> None:
-    """recipe.yaml: every setting, so that the run can be repeated from it."""
-    import yaml
+def library_beside(folder: Path, more: Iterable[Path] = ()) -> Library:
+    """Finished stages of the runs in the same folder as this one, and in runs/."""
+    from spa_lite.library import Library
 
-    from spa_lite.store import write_atomic
-
-    text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
-    write_atomic(folder / "recipe.yaml", text.encode())
+    return Library([folder.parent, HOME, *more])
 
 
-def _clear(folder: Path) -> None:
-    """Delete a run folder, but never a folder that is not one."""
+def say_what_was_reused(place: Run) -> None:
+    """Whether anything was computed at all, and what other runs had computed already."""
+    from spa_lite.cli import render
+
+    sources: dict[Path, list[str]] = {}
+    for title, run in place.borrowed.items():
+        sources.setdefault(run, []).append(title)
+    for run, titles in sources.items():
+        render.note(f"taken from {run.name}, which had computed the same: {', '.join(titles)}")
+    if not place.computed and not place.borrowed:
+        render.note("this run is finished; nothing was computed again (--fresh starts over)")
+
+
+def clear(folder: Path) -> None:
+    """Delete a run folder, but never a folder that is not one, or that somebody works on."""
     from spa_lite.errors import RunError
+    from spa_lite.lock import locked
 
-    if not (folder / "recipe.yaml").exists() and any(folder.iterdir()):
-        raise RunError(
-            f"{folder} does not look like a run folder (it has no recipe.yaml), so --fresh will not delete it"
-        )
-    shutil.rmtree(folder)
+    if not any((folder / name).exists() for name in ("run.json", "recipe.yaml")) and any(folder.iterdir()):
+        raise RunError(f"{folder} does not look like a run folder (it has no run.json), so it is not deleted")
+    with locked(folder):
+        shutil.rmtree(folder)
 
 
 def _show_settings(resolved: Any, sources: dict[str, str]) -> None:

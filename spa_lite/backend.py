@@ -168,7 +168,11 @@ class Tokenizer(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """One model in one framework."""
+    """One model in one framework. Sampling, scoring and training raise OutOfMemory where a batch does not fit, and
+    leave everything as it was."""
+
+    batching: Batching
+    """How much is done at a time. May be changed between calls, and holds from the next one on."""
 
     @property
     def name(self) -> str:
@@ -205,6 +209,14 @@ class Backend(Protocol):
         """What a user should hear before a long run on this machine, a sentence each."""
         ...
 
+    def free_memory(self) -> int | None:
+        """Bytes that this backend may still take, on its device; None if it needs none to speak of."""
+        ...
+
+    def peak_memory(self) -> int | None:
+        """The most bytes taken so far, on its device; None if it needs none to speak of."""
+        ...
+
     def machine_checks(self) -> Iterator[tuple[str, bool | None, str]]:
         """Yield (check, whether it holds, what was seen) for `doctor`: what only this machine can answer.
 
@@ -234,16 +246,22 @@ class Backend(Protocol):
         """Fresh optimizer state for the adapter bound to POLICY. Raises BackendError if `can_train` is False."""
         ...
 
-    def dpo_step(self, rows: Sequence[Row], objective: Objective, learning_rate: float) -> StepStats:
-        """One optimizer step on the mean loss over rows: policy POLICY, reference PREVIOUS."""
+    def dpo_step(
+        self, rows: Sequence[Row], objective: Objective, learning_rate: float, reference: Floats | None = None
+    ) -> StepStats:
+        """One optimizer step on the mean loss over rows: policy POLICY, reference PREVIOUS.
+
+        `reference` [responses] are sums under PREVIOUS (nats) that are known already. They save that forward pass
+        where the objective does not extrapolate, and change nothing but rounding.
+        """
         ...
 
     def snapshot(self) -> None:
         """PREVIOUS becomes a frozen copy of POLICY."""
         ...
 
-    def save(self, folder: Path, role: str = POLICY) -> None:
-        """Write the adapter in PEFT format (safetensors), and beside it the optimizer state if training."""
+    def save(self, folder: Path, role: str = POLICY, optimizer: bool = True) -> None:
+        """Write the adapter in PEFT format (safetensors), and beside it (`optimizer`) its state if in training."""
         ...
 
     def restore(self, folder: Path) -> None:

@@ -4,7 +4,8 @@ SpaError
 ├── RecipeError      a setting is unknown, of the wrong type, or contradicts another
 ├── DataError        a record cannot be used: which file, which line, what to change
 ├── BackendError     a backend cannot do what was asked
-│   └── BackendMissing   its library is not installed: which extra brings it
+│   ├── BackendMissing   its library is not installed: which extra brings it
+│   └── OutOfMemory      a batch does not fit into memory: which setting makes it smaller
 ├── ModelError       a model, tokenizer, template or adapter cannot be used
 ├── RunError         a run folder cannot be used
 │   └── StaleRun         a changed setting touches a stage that is already finished
@@ -32,6 +33,11 @@ class BackendError(SpaError):
 
 class BackendMissing(BackendError):
     """The library behind a backend is not installed."""
+
+
+class OutOfMemory(BackendError):
+    """A batch does not fit into memory. Nothing has changed: a smaller one may be tried after the `except` block, which
+    holds what is left of this one."""
 
 
 class ModelError(SpaError):

@@ -7,13 +7,18 @@ controls: they see the same answers and leave their own label beside the same lo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
+from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from spa_lite import objective
 from spa_lite.backend import Backend
 from spa_lite.errors import RecipeError
+from spa_lite.fit import halving
+from spa_lite.journal import Marked
 from spa_lite.keys import digest, generator
 from spa_lite.recipe import Recipe
 from spa_lite.records import Completion, Judgement, Row, Sample, Side
@@ -31,14 +36,31 @@ Gold = Callable[[Sample, Completion], float | None]
 def scorer(backend: Backend, role: str, tick: Callable[[], None] = lambda: None) -> Scorer:
     """Score rows under one role of a backend; `tick` is called once per row."""
 
-    def score(rows: Sequence[Row]) -> list[tuple[float, ...]]:
+    def once(rows: Sequence[Row]) -> list[tuple[float, ...]]:
         found: dict[int, tuple[float, ...]] = {}
         for index, scores in backend.logprob(rows, role):
             found[index] = tuple(score.logp for score in scores)
             tick()
         return [found[index] for index in range(len(rows))]
 
-    return score
+    return lambda rows: halving(backend, "score", lambda: once(rows))
+
+
+def resumed(
+    path: Path, rows: Sequence[Row], scorer: Callable[[], AbstractContextManager[Scorer]], size: int
+) -> list[tuple[float, ...]]:
+    """The sums of all rows, `size` rows at a time; those that a journal at `path` holds are not computed again.
+
+    `scorer` opens what scores, if anything is left to do.
+    """
+    journal = Marked(path)
+    known = [msgspec.json.decode(line, type=tuple[float, ...]) for line in journal.kept]
+    with scorer() if len(known) < len(rows) else nullcontext(no_reference) as score:
+        for start in range(len(known), len(rows), size):
+            sums = score(rows[start : start + size])
+            journal.append(sums)
+            known += sums
+    return known
 
 
 def no_reference(rows: Sequence[Row]) -> list[tuple[float, ...]]:
@@ -60,9 +82,14 @@ def judge_all(
     """
     if recipe.judge.by == "gold" and gold is None:
         raise RecipeError("judge.by=gold needs a gold rule, which only the lesson has; use another --judge")
-    rows = [Row(prompt=s.prompt_ids, responses=tuple(c.ids for c in s.completions)) for s in samples]
+    rows = rows_of(samples)
     own, other = policy(rows), reference(rows)
     return [decide(*triple, recipe, round_, gold) for triple in zip(samples, own, other, strict=True)]
+
+
+def rows_of(samples: Sequence[Sample]) -> list[Row]:
+    """What is scored: each prompt with all its answers, as the ids that were sampled."""
+    return [Row(prompt=s.prompt_ids, responses=tuple(c.ids for c in s.completions)) for s in samples]
 
 
 def judge(

@@ -43,6 +43,11 @@ class Models:
         return self._backend
 
     @property
+    def loaded(self) -> Backend | None:
+        """The same, if it is in memory now."""
+        return self._backend
+
+    @property
     def made_by(self) -> dict[str, Any]:
         """What results are computed on: backend, device, dtype and bits. Recorded with every stage."""
         if not self._made_by:
@@ -71,18 +76,21 @@ class Models:
         """Score rows under a role of whatever model is in memory then."""
         return lambda rows: scorer(self.backend, role, tick)(rows)
 
-    def other_scorer(self, tick: Tick = lambda: None) -> Scorer:
-        """Score rows under the other model, loaded alone and released. Raises ModelError if its vocabulary differs."""
+    @contextmanager
+    def other_scorer(self, tick: Tick = lambda: None) -> Iterator[Scorer]:
+        """Score rows under the other model, alone in memory inside the block. Raises ModelError if its vocabulary
+        differs."""
+        ours = _vocabulary(self.backend)
+        with self._alone() as other:
+            if _vocabulary(other) != ours:
+                raise ModelError("--init-model reads text differently from --model; both need the same tokenizer")
+            other.bind(INIT, None)
+            yield scorer(other, INIT, tick)
 
-        def score(rows: Sequence[Row]) -> list[tuple[float, ...]]:
-            ours = _vocabulary(self.backend)
-            with self._alone() as other:
-                if _vocabulary(other) != ours:
-                    raise ModelError("--init-model reads text differently from --model; both need the same tokenizer")
-                other.bind(INIT, None)
-                return scorer(other, INIT, tick)(rows)
-
-        return score
+    def other_alone(self, rows: Sequence[Row]) -> list[tuple[float, ...]]:
+        """The same in one go."""
+        with self.other_scorer() as score:
+            return score(rows)
 
     @contextmanager
     def _alone(self) -> Iterator[Backend]:

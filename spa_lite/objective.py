@@ -141,7 +141,15 @@ class Dpo:
         return Outcome(dpo_loss(m), pair_coefficients(slope, self.beta), {"margin": m})
 
     def end_step(self, skipped: bool = False) -> None:
+        """Nothing to count."""
+
+    @property
+    def memory(self) -> dict[str, Any]:
         """Nothing to remember."""
+        return {}
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        """Nothing to go back to."""
 
 
 class Refined:
@@ -216,3 +224,15 @@ class Refined:
         self._pending = []
         self._tau = self.window.tau
         self.step += 1
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """Step and window between two steps: a checkpoint holds them."""
+        return {"step": self.step, "margins": list(self.window.margins)}
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        """Go back to a step; margins of a step that was not finished are forgotten."""
+        self.step = memory["step"]
+        self.window.margins.clear()
+        self.window.push(memory["margins"])
+        self._pending, self._tau = [], self.window.tau

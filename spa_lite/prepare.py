@@ -9,9 +9,9 @@ from typing import TypeVar
 
 from spa_lite import data, encode
 from spa_lite.backend import Backend, ModelSettings
-from spa_lite.backend import Batching as BackendBatching
 from spa_lite.errors import DataError, RecipeError
 from spa_lite.evaluate import GoldRule
+from spa_lite.fit import batching_of
 from spa_lite.models import Models
 from spa_lite.recipe import Recipe, settings_of
 from spa_lite.records import Ids, Pair, Prompt, Row
@@ -38,7 +38,7 @@ def model_settings(recipe: Recipe, model: str | None = None) -> ModelSettings:
     """How to load the recipe's model (or another one in the same way). No model means the built-in one."""
     from spa_lite.lesson import MODEL_DIR
 
-    m, b, i = recipe.model, recipe.batching, recipe.inputs
+    m, i = recipe.model, recipe.inputs
     return ModelSettings(
         model=model or i.model or str(MODEL_DIR),
         device=i.device,
@@ -47,7 +47,7 @@ def model_settings(recipe: Recipe, model: str | None = None) -> ModelSettings:
         trust_remote_code=m.trust_remote_code,
         system=m.system,
         template=m.template,
-        batching=BackendBatching(b.sample, b.score, b.micro, b.gradient_checkpointing),
+        batching=batching_of(recipe),
     )
 
 

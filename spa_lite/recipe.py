@@ -21,6 +21,7 @@ import msgspec
 from msgspec import Meta
 
 from spa_lite.errors import RecipeError
+from spa_lite.files import write_atomic
 
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Positive = Annotated[float, Meta(gt=0)]
@@ -219,6 +220,8 @@ class Train:
     max_steps: Count | None = setting(
         None, "Stop a training stage after this many steps.", "seed", "train", flag="--max-steps"
     )
+    save_every: Natural = setting(50, "Steps between checkpoints; 0: only by the clock.", flag="--save-every")
+    save_minutes: Nonnegative = setting(5.0, "Minutes between checkpoints; 0: only by steps.", flag="--save-minutes")
 
 
 @dataclass(frozen=True)
@@ -263,6 +266,9 @@ class Recipe:
     round_sizes: list[Count] | None = setting(
         None, "Prompts per round (the paper: 8000, 20000, 30000); none: even shares.", flag="--round-sizes"
     )
+    report_to: list[str] = setting(
+        [], "Trackers that get the numbers, too: tensorboard, wandb, trackio.", flag="--report-to"
+    )
     inputs: Inputs = field(default_factory=Inputs)
     model: Model = field(default_factory=Model)
     lengths: Lengths = field(default_factory=Lengths)
@@ -283,7 +289,8 @@ class Recipe:
 
     def for_stage(self, stage: str) -> dict[str, Any]:
         """The settings that enter a stage's key."""
-        return {s.path: self.get(s.path) for s in SETTINGS.values() if stage in s.stages}
+        values = settings_of(self)
+        return {s.path: values[s.path] for s in SETTINGS.values() if stage in s.stages}
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as written to recipe.yaml."""
@@ -431,7 +438,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # The C loader, where there is one, is eight times as fast.
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except OSError as error:
         raise RecipeError(f"cannot read {path}: {error.strerror}; check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -444,6 +452,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     for setting_path in flat:
         check_path(setting_path, str(path))
     return flat
+
+
+def write_recipe(folder: Path, recipe: Recipe) -> None:
+    """recipe.yaml: every setting, so that the run can be repeated from it."""
+    import yaml
+
+    text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
+    write_atomic(folder / "recipe.yaml", text.encode())
 
 
 def parse_set(text: str) -> tuple[str, Any]:
@@ -485,6 +501,20 @@ def check(recipe: Recipe) -> None:
         )
     if r.inputs.no_seed_pairs and r.inputs.seed_pairs:
         raise RecipeError("inputs.seed_pairs and inputs.no_seed_pairs exclude each other; give one")
+
+
+def that_matter(recipe: Recipe, stage: str, round_: int = 0) -> dict[str, Any]:
+    """The settings that enter a stage's key, without those that change nothing beside the others.
+
+    Lambda is that of the round; without alpha nothing else of the refinement is used.
+    """
+    settings = recipe.for_stage(stage)
+    if stage == "train":
+        settings["refine.lambda"] = for_round(recipe, round_)
+        del settings["refine.lambda_decay"]
+        if not recipe.refine.alpha:
+            settings = {p: v for p, v in settings.items() if not p.startswith("refine.") or p == "refine.alpha"}
+    return settings
 
 
 def for_round(recipe: Recipe, round_: int) -> float:

@@ -2,43 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from spa_lite.backend import POLICY, Backend, Sampling
-from spa_lite.events import Event, Report, silent
+from spa_lite.events import Report, silent, ticking
+from spa_lite.fit import halving
 from spa_lite.keys import sample_key
 from spa_lite.recipe import Recipe
 from spa_lite.records import Completion, Ids, Prompt, Sample
 
-CHUNK = 256
-"""Prompts handed to the backend together. Sorting and refilling stay inside a chunk; its lines are written together."""
+Encoded = tuple[Prompt, Ids]
+
+
+def chunk_size(recipe: Recipe) -> int:
+    """Prompts whose lines are written together: sorting and refilling stay inside, and an interruption costs one."""
+    return 2 * recipe.batching.sample
 
 
 def sample(
     backend: Backend,
-    prompts: Sequence[tuple[Prompt, Ids]],
+    prompts: Sequence[Encoded],
     recipe: Recipe,
     round_: int,
     report: Report = silent,
     stage: str = "sample",
     n: int | None = None,
     role: str = POLICY,
-) -> Iterator[Sample]:
-    """Yield one Sample per prompt, in order. A text depends on (seed, round, prompt id, index) alone."""
-    n = n or recipe.sampling.n
+    skip: int = 0,
+) -> Iterator[list[Sample]]:
+    """Yield the samples of a chunk of prompts after the other, in order; `skip` prompts are done already.
+
+    A text depends on (seed, round, prompt id, index) alone.
+    """
+    for start in range(skip, len(prompts), chunk_size(recipe)):
+        chunk = prompts[start : start + chunk_size(recipe)]
+        tick = ticking(report, stage, len(prompts), "prompts", start)
+        yield answer(backend, chunk, recipe, round_, n or recipe.sampling.n, role, tick)
+
+
+def answer(
+    backend: Backend,
+    prompts: Sequence[Encoded],
+    recipe: Recipe,
+    round_: int,
+    n: int,
+    role: str = POLICY,
+    tick: Callable[[], None] = lambda: None,
+) -> list[Sample]:
+    """One Sample with n answers per prompt, in order; `tick` is called once per prompt."""
     sampling = Sampling(recipe.sampling.temp, recipe.sampling.top_p, recipe.sampling.max_tokens)
-    done = 0
-    for start in range(0, len(prompts), CHUNK):
-        chunk = prompts[start : start + CHUNK]
-        keys = [[sample_key(recipe.seed, round_, prompt.id, k) for k in range(n)] for prompt, _ in chunk]
-        answers: dict[int, tuple[Completion, ...]] = {}
-        for index, completions in backend.sample([ids for _, ids in chunk], n, sampling, keys, role):
-            answers[index] = completions
-            done += 1
-            report(Event(stage, done, len(prompts), "prompts"))
-        for index, (prompt, ids) in enumerate(chunk):
-            closed = tuple(close(c, backend, recipe.sampling.append_eos) for c in answers[index])
-            yield Sample(id=prompt.id, messages=prompt.messages, prompt_ids=ids, completions=closed, extra=prompt.extra)
+    keys = [[sample_key(recipe.seed, round_, prompt.id, k) for k in range(n)] for prompt, _ in prompts]
+
+    def once() -> dict[int, tuple[Completion, ...]]:
+        found: dict[int, tuple[Completion, ...]] = {}
+        for index, completions in backend.sample([ids for _, ids in prompts], n, sampling, keys, role):
+            found[index] = tuple(close(c, backend, recipe.sampling.append_eos) for c in completions)
+            tick()
+        return found
+
+    answers = halving(backend, "sample", once)
+    return [
+        Sample(id=prompt.id, messages=prompt.messages, prompt_ids=ids, completions=answers[i], extra=prompt.extra)
+        for i, (prompt, ids) in enumerate(prompts)
+    ]
 
 
 def close(completion: Completion, backend: Backend, append_eos: bool) -> Completion:

@@ -18,24 +18,33 @@ from typing import Any
 from spa_lite.events import Report, silent
 from spa_lite.models import Models
 from spa_lite.recipe import Recipe
-from spa_lite.stages import Data, Workshop, summarise_run
+from spa_lite.stages import Data, Policy, Workshop, summarise_run
 from spa_lite.store import Run
 
 
 def align(models: Models, recipe: Recipe, data: Data, run: Run, report: Report = silent) -> dict[str, Any]:
-    """Align a model. Returns the summary (a row per stage); the adapter of each round lies in the run folder."""
-    shop = Workshop(models, recipe, data, run, report)
+    """Align a model. Returns the summary (a row per stage); the adapter of each round lies in the run folder.
+
+    An interrupted run goes on where it was, and what another run has computed is taken from there.
+    """
+    with run.locked(recipe):
+        shop = Workshop(models, recipe, data, run, report)
+        return summarise_run(shop, spa(shop))
+
+
+def spa(shop: Workshop) -> Policy:
+    """Algorithm 1. Each line is a stage of the run, computed once."""
     shop.measure("init", policy=None)
 
-    policy = shop.seed_dpo() if data.seed_pairs else shop.given_policy()
+    policy = shop.seed_dpo() if shop.data.seed_pairs else shop.given_policy()
     shop.measure("rounds/0", policy)
 
     earlier = [policy]
-    for i in range(1, recipe.rounds + 1):
+    for i in range(1, shop.recipe.rounds + 1):
         samples = shop.sample(i, policy)
         judgements = shop.judge(i, samples, policy, lagged=earlier[-2] if i > 1 else None)
         policy = shop.train(i, judgements, policy)
         shop.measure(f"rounds/{i}", policy)
         earlier.append(policy)
 
-    return summarise_run(shop, policy)
+    return policy

@@ -6,9 +6,10 @@ came out. A policy is named by the stage that made it, so a key never depends on
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from contextlib import nullcontext as alone
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,20 @@ import msgspec
 from spa_lite import backend as contract
 from spa_lite import evaluate, objective
 from spa_lite.backend import INIT, POLICY, Backend
+from spa_lite.checkpoint import Checkpoints
 from spa_lite.errors import DataError, ModelError
 from spa_lite.evaluate import GoldRule
-from spa_lite.events import Event, Report, silent
-from spa_lite.judge import Scorer, counts, judge_all, no_reference
+from spa_lite.events import Event, Report, silent, ticking
+from spa_lite.files import lines_of, move, share, write_json
+from spa_lite.fit import Remembered, batching_of
+from spa_lite.journal import Journal, Marked
+from spa_lite.judge import Scorer, counts, decide, no_reference, resumed, rows_of
 from spa_lite.models import Models, Tick
-from spa_lite.recipe import Recipe, for_round
-from spa_lite.records import Completion, Ids, Judgement, Pair, Prompt, Row, Sample
-from spa_lite.sample import sample
-from spa_lite.store import Run, Stage, digest, write_atomic, write_json
-from spa_lite.train import Plan, pairs_of, round_plan, seed_plan, train
-
-Encoded = tuple[Prompt, Ids]
+from spa_lite.recipe import Recipe, for_round, settings_of, that_matter
+from spa_lite.records import Completion, Judgement, Pair, Row, Sample
+from spa_lite.sample import Encoded, sample
+from spa_lite.store import Run, Stage, digest
+from spa_lite.train import Example, Plan, TrainObjective, pairs_of, round_plan, seed_plan, train
 
 
 @dataclass(frozen=True)
@@ -56,28 +59,27 @@ class Workshop:
     """The stages of one run. Methods are named as the page `spa.py` calls them."""
 
     def __init__(self, models: Models, recipe: Recipe, data: Data, run: Run, report: Report = silent) -> None:
-        self.models, self.recipe, self.data, self.run, self.report = models, recipe, data, run, report
+        self.models, self.recipe, self.data, self.run = models, recipe, data, run
         self.summaries: dict[str, dict[str, dict[str, Any]]] = {}
         self.init = Policy(models.init_adapter, digest(["init", folder_digest(models.init_adapter)]))
+        self.sizes = Remembered(run.folder, settings_of(recipe.batching))
+        self._report = report
+        run.report = report
 
     # -- stages ------------------------------------------------------------------------------------------------
 
     def seed_dpo(self) -> Policy:
         """pi_0: plain DPO on the seed pairs, from pi_init, reference pi_init (Eq. 6)."""
+        pairs = [Example(pair.id, row) for pair, row in self.data.seed_pairs]
 
-        def work(folder: Path) -> dict[str, Any]:
+        def work(part: Path) -> dict[str, Any]:
             backend = self._bind(None, training=True)
-            pairs = [(pair.id, row) for pair, row in self.data.seed_pairs]
-            plan = seed_plan(self.recipe, len(pairs))
-            with Lines(folder / "metrics.jsonl") as log:
-                summary = train(
-                    backend, pairs, objective.Dpo(self.recipe.loss.beta), plan, self.recipe, log, self.report, "seed"
-                )
-            backend.save(folder / "adapter")
-            return summary
+            plan, loss = seed_plan(self.recipe, len(pairs)), objective.Dpo(self.recipe.loss.beta)
+            return train(backend, pairs, loss, plan, self.recipe, self._checkpoints(part, "seed"), self.report, "seed")
 
-        inputs = {"pi_init": self.init.key, "seed pairs": digest([row for _, row in self.data.seed_pairs])}
-        return self._policy(self._once("rounds/0", "seed", ("adapter", "metrics.jsonl"), inputs, work))
+        inputs = {"pi_init": self.init.key, "seed pairs": digest([[p.id, p.row] for p in pairs])}
+        stage = self._stage("rounds/0", "seed", ("adapter", "metrics.jsonl"), inputs, len(pairs))
+        return self._policy(self._once(stage, work))
 
     def given_policy(self) -> Policy:
         """pi_0 of a run without seed pairs: the adapter the user gave, or pi_init itself (judged by another model)."""
@@ -87,92 +89,83 @@ class Workshop:
     def sample(self, i: int, policy: Policy) -> Stage:
         """Two answers per prompt of X_i from pi_{i-1}."""
         prompts = self.data.rounds[i - 1]
-        stage = f"round {i} sample"
 
-        def work(folder: Path) -> dict[str, Any]:
+        def work(part: Path) -> dict[str, Any]:
             backend = self._bind(policy.adapter)
-            tokens = capped = 0
-            with Lines(folder / "samples.jsonl") as write:
-                for s in sample(backend, prompts, self.recipe, i, self.report, stage):
-                    write(s)
-                    tokens += sum(len(c.ids) for c in s.completions)
-                    capped += sum(c.ended == "cap" for c in s.completions)
-            return {"prompts": len(prompts), "tokens": tokens, "capped": capped}
+            answers = self._answers(backend, part / "samples.jsonl", prompts, i, f"round {i} sample")
+            completions = [c for answer in answers for c in answer.completions]
+            return {
+                "prompts": len(prompts),
+                "tokens": sum(len(c.ids) for c in completions),
+                "capped": sum(c.ended == "cap" for c in completions),
+            }
 
-        inputs = {"policy": policy.key, "prompts": digest([(p.id, ids) for p, ids in prompts])}
-        return self._once(f"rounds/{i}", "sample", ("samples.jsonl",), inputs, work)
+        inputs = {"policy": policy.key, "prompts": digest(prompts), "round": str(i)}
+        return self._once(self._stage(f"rounds/{i}", "sample", ("samples.jsonl",), inputs, len(prompts)), work)
 
     def judge(self, i: int, samples: Stage, policy: Policy, lagged: Policy | None) -> Stage:
         """Label the answers by the implicit reward of pi_{i-1} against pi_init (or what judge.reference says)."""
-        stage = f"round {i} judge"
-        score_reference, reference_key = self._judge_reference(policy, lagged, stage)
+        name = f"round {i} judge"
+        reference, reference_key = self._judge_reference(policy, lagged)
 
-        def work(folder: Path) -> dict[str, Any]:
+        def work(part: Path) -> dict[str, Any]:
             self._bind(policy.adapter, lagged)
-            pile = read_samples(folder / "samples.jsonl")
+            pile = read_samples(self.run.path(samples, "samples.jsonl"))
+            rows = rows_of(pile)
+            own = self._sums(part / "policy.jsonl", rows, lambda tick: alone(self.models.scorer(POLICY, tick)), name)
+            other = self._sums(part / "reference.jsonl", rows, reference, f"{name} reference")
             gold = evaluate.gold_of(self.data.gold) if self.data.gold else None
-            judged = judge_all(
-                pile,
-                self.models.scorer(POLICY, self._ticks(stage, len(pile))),
-                score_reference(len(pile)),
-                self.recipe,
-                i,
-                gold,
-            )
-            with Lines(folder / "judgements.jsonl") as write:
-                for judgement in judged:
-                    write(judgement)
+            judged = [decide(*triple, self.recipe, i, gold) for triple in zip(pile, own, other, strict=True)]
+            Journal(part / "judgements.jsonl").append(judged)
             return counts(judged)
 
-        inputs = {"samples": samples.key, "policy": policy.key, "reference": reference_key}
-        return self._once(f"rounds/{i}", "judge", ("judgements.jsonl",), inputs, work)
+        inputs = {"samples": samples.key, "policy": policy.key, "reference": reference_key, "round": str(i)}
+        return self._once(self._stage(f"rounds/{i}", "judge", ("judgements.jsonl",), inputs, samples.size), work)
 
     def train(self, i: int, judgements: Stage, policy: Policy) -> Policy:
         """pi_i: refined DPO on the round's pairs, from pi_{i-1}, reference pi_{i-1} (Eq. 10 to 12)."""
+        name = f"round {i} train"
 
-        def work(folder: Path) -> dict[str, Any]:
-            pairs = pairs_of(read_judgements(folder / "judgements.jsonl"), self.recipe)
+        def work(part: Path) -> dict[str, Any]:
+            pairs = pairs_of(read_judgements(self.run.path(judgements, "judgements.jsonl")), self.recipe)
             if not pairs:
                 raise DataError(
                     f"round {i}: every pair holds two identical answers, so there is nothing to learn; raise --temp"
                 )
             backend = self._bind(policy.adapter, training=True)
-            with Lines(folder / "metrics.jsonl") as log:
-                plan = round_plan(self.recipe, len(pairs))
-                loss = round_objective(self.recipe, i, plan.steps)
-                self._say_if_late(plan, i)
-                summary = train(backend, pairs, loss, plan, self.recipe, log, self.report, f"round {i} train", i)
-            backend.save(folder / "adapter")
-            return summary
+            plan = round_plan(self.recipe, len(pairs))
+            self._say_if_late(plan, i)
+            loss, saved = round_objective(self.recipe, i, plan.steps), self._checkpoints(part, name)
+            return train(backend, pairs, loss, plan, self.recipe, saved, self.report, name, i)
 
-        inputs = {"judgements": judgements.key, "policy": policy.key}
-        return self._policy(self._once(f"rounds/{i}", "train", ("adapter", "metrics.jsonl"), inputs, work))
+        inputs = {"judgements": judgements.key, "policy": policy.key, "round": str(i)}
+        stage = self._stage(f"rounds/{i}", "train", ("adapter", "metrics.jsonl"), inputs, judgements.size)
+        return self._policy(self._once(stage, work))
 
     def measure(self, folder: str, policy: Policy | None) -> None:
         """Held-out measures of a policy (None: pi_init): gold of its answers where known, accuracy on human pairs."""
         who = policy or self.init
-        baseline, stage = self._baseline() if policy else None, f"{self.row_name(folder)} measure"
+        baseline, name = self._baseline() if policy else None, f"{self.row_name(folder)} measure"
+        prompts, pairs = self.data.held_out_prompts, self.data.held_out_pairs
 
-        def work(place: Path) -> dict[str, Any]:
+        def work(part: Path) -> dict[str, Any]:
             backend = self._bind(who.adapter)
             found: dict[str, Any] = {}
-            if self.data.gold and self.data.held_out_prompts:
-                found |= self._gold_measures(backend, place, baseline, stage)
-            if self.data.held_out_pairs:
-                found |= self._pair_measures(who, stage)
-            if policy and self.data.gold and (place / "judgements.jsonl").exists():
-                found |= self._label_measures(place)
+            if self.data.gold and prompts:
+                found |= self._gold_measures(backend, part, baseline, name)
+            if pairs:
+                found |= self._pair_measures(who, part, name)
+            if policy and self.data.gold and (self.run.folder / folder / "judgements.jsonl").exists():
+                found |= self._label_measures(self.run.folder / folder)
             return found
 
         inputs = {
             "policy": who.key,
-            "held out": digest(
-                [[ids for _, ids in self.data.held_out_prompts], [r for _, r in self.data.held_out_pairs]]
-            ),
+            "held out": digest([prompts, [row for _, row in pairs], self.data.gold is not None]),
         }
         if self.models.has_other_reference:
             inputs["reference"] = self.models.reference_fingerprint
-        self._once(folder, "measure", ("answers.jsonl",), inputs, work)
+        self._once(self._stage(folder, "measure", ("answers.jsonl",), inputs, len(prompts) + len(pairs)), work)
 
     def _say_if_late(self, plan: Plan, i: int) -> None:
         """Say once that refinement starts later than its warm-up, because the window is not full by then."""
@@ -190,15 +183,11 @@ class Workshop:
 
     # -- measures ----------------------------------------------------------------------------------------------
 
-    def _gold_measures(self, backend: Backend, place: Path, baseline: list[float] | None, stage: str) -> dict[str, Any]:
+    def _gold_measures(self, backend: Backend, part: Path, baseline: list[float] | None, name: str) -> dict[str, Any]:
         """One answer per held-out prompt (same keys for every policy), its gold, and the win rate against pi_init."""
         rule = self.data.gold
         assert rule is not None
-        prompts = self.data.held_out_prompts
-        answers = list(sample(backend, prompts, self.recipe, 0, self.report, stage, n=1))
-        with Lines(place / "answers.jsonl") as write:
-            for answer in answers:
-                write(answer)
+        answers = self._answers(backend, part / "answers.jsonl", self.data.held_out_prompts, 0, name, n=1)
         means, scores = evaluate.gold_means(answers, rule)
         found: dict[str, Any] = {"gold": means, "length": _mean([len(a.completions[0].ids) for a in answers])}
         if baseline is not None:
@@ -213,15 +202,15 @@ class Workshop:
             return None
         return evaluate.gold_means(read_samples(path), self.data.gold)[1]
 
-    def _pair_measures(self, who: Policy, stage: str) -> dict[str, Any]:
+    def _pair_measures(self, who: Policy, part: Path, name: str) -> dict[str, Any]:
         """How often the policy's implicit reward prefers the human's choice on held-out pairs."""
         models, rows = self.models, [row for _, row in self.data.held_out_pairs]
         if who == self.init and not models.has_other_reference:
             half = evaluate.Interval(0.5, 0.5, 0.5, len(rows))  # pi_init against itself prefers neither answer
             return {"pair_accuracy": half.to_dict(), "pair_margin_nats": 0.0}
-        own = models.scorer(POLICY, self._ticks(stage, len(rows)))(rows)
-        reference = (models.other_scorer() if models.has_other_reference else models.scorer(INIT))(rows)
-        margins = [objective.margin(yw, yl, rw, rl, 1.0) for (yw, yl), (rw, rl) in zip(own, reference, strict=True)]
+        own = self._sums(part / "policy.jsonl", rows, lambda tick: alone(models.scorer(POLICY, tick)), name)
+        other = self._sums(part / "reference.jsonl", rows, self._init_scorer, f"{name} reference")
+        margins = [objective.margin(yw, yl, rw, rl, 1.0) for (yw, yl), (rw, rl) in zip(own, other, strict=True)]
         accuracy = evaluate.pair_accuracy(margins)
         return {"pair_accuracy": accuracy.to_dict() if accuracy else None, "pair_margin_nats": _mean(margins)}
 
@@ -230,7 +219,7 @@ class Workshop:
         assert self.data.gold is not None
         judgements = read_judgements(place / "judgements.jsonl")
         agreement = evaluate.label_agreement(judgements, self.data.gold)
-        lines = [msgspec.json.decode(line) for line in (place / "metrics.jsonl").read_bytes().splitlines()]
+        lines = [msgspec.json.decode(line) for line in lines_of(place / "metrics.jsonl")]
         flagged = [i for line in lines for i in line["flagged"]]
         return {
             "label_accuracy": {name: interval.to_dict() for name, interval in agreement.items()},
@@ -244,20 +233,47 @@ class Workshop:
 
     # -- plumbing ----------------------------------------------------------------------------------------------
 
-    def _once(
-        self,
-        folder: str,
-        kind: str,
-        outputs: tuple[str, ...],
-        inputs: dict[str, str],
-        work: Callable[[Path], dict[str, Any]],
-    ) -> Stage:
+    def _stage(self, folder: str, kind: str, outputs: tuple[str, ...], inputs: dict[str, str], size: int = 0) -> Stage:
+        settings = that_matter(self.recipe, kind, int(inputs.get("round", 0)))
+        return Stage(folder, kind, outputs, settings, {"model": self.models.fingerprint, **inputs}, size)
+
+    def _once(self, stage: Stage, work: Callable[[Path], dict[str, Any]]) -> Stage:
         """Do a stage, or read it if it is finished; either way its summary is kept for the table."""
-        inputs = {"model": self.models.fingerprint, **inputs}
-        stage = Stage(folder, kind, outputs, self.recipe.for_stage(kind), inputs)
-        self.summaries.setdefault(folder, {})[kind] = self.run.once(stage, work, self.models.made_by)
-        self.report(Event(stage.title, 1, 1, "stage"))
+        summary = self.run.once(stage, work, self.models.made_by)
+        self.summaries.setdefault(stage.folder, {})[stage.kind] = summary
+        self.report(Event(stage.title, 1, 1, "stage", metrics=summary))
         return stage
+
+    def report(self, event: Event) -> None:
+        """Hand on what happens; and write down batch sizes before anything that was computed with them is kept."""
+        backend = self.models.loaded
+        if backend and event.unit != "stage":
+            note = self.sizes.notice(backend.batching)
+            if note:
+                self._report(Event(event.stage, note=note))
+        self._report(event)
+
+    def _checkpoints(self, part: Path, name: str) -> Checkpoints:
+        t = self.recipe.train
+        return Checkpoints(part, t.save_every, t.save_minutes, lambda note: self.report(Event(name, note=note)))
+
+    def _answers(
+        self, backend: Backend, path: Path, prompts: Sequence[Encoded], i: int, name: str, n: int | None = None
+    ) -> list[Sample]:
+        """All samples of the prompts; those that a journal at `path` holds are not computed again."""
+        journal = Marked(path)
+        known = [msgspec.json.decode(line, type=Sample) for line in journal.kept]
+        for chunk in sample(backend, prompts, self.recipe, i, self.report, name, n, skip=len(known)):
+            journal.append(chunk)
+            known += chunk
+        return known
+
+    def _sums(
+        self, path: Path, rows: Sequence[Row], scorer: Callable[[Tick], AbstractContextManager[Scorer]], name: str
+    ) -> list[tuple[float, ...]]:
+        """Sums of all rows under a scorer that is opened for them; a journal at `path` holds what is done already."""
+        tick = ticking(self.report, name, len(rows), "pairs")
+        return resumed(path, rows, lambda: scorer(tick), 2 * self.recipe.batching.score)
 
     def _policy(self, stage: Stage) -> Policy:
         return Policy(self.run.path(stage, "adapter"), stage.key)
@@ -265,6 +281,8 @@ class Workshop:
     def _bind(self, adapter: Path | None, lagged: Policy | None = None, training: bool = False) -> Backend:
         """Put the roles on the base: pi_init, the policy, and whatever else is asked for."""
         backend = self.models.backend
+        backend.batching = self.sizes.apply(batching_of(self.recipe))
+        self.sizes.notice(backend.batching)
         backend.bind(INIT, self.models.init_adapter)
         if adapter or not training:
             backend.bind(POLICY, adapter)
@@ -279,29 +297,31 @@ class Workshop:
         return backend
 
     def _judge_reference(
-        self, policy: Policy, lagged: Policy | None, stage: str
-    ) -> tuple[Callable[[int], Scorer], str]:
-        """The scorer of the judge's reference, given how many rows there will be; and that reference's key."""
-        stage, which = f"{stage} reference", self.recipe.judge.reference
+        self, policy: Policy, lagged: Policy | None
+    ) -> tuple[Callable[[Tick], AbstractContextManager[Scorer]], str]:
+        """What opens the scorer of the judge's reference, and that reference's key."""
+        which = self.recipe.judge.reference
         if which == "none":
-            return lambda total: no_reference, "none"
+            return lambda tick: alone(no_reference), "none"
         if which == "lagged" and lagged:
-            return lambda total: self.models.scorer("lagged", self._ticks(stage, total)), lagged.key
+            return lambda tick: alone(self.models.scorer("lagged", tick)), lagged.key
         if self.models.has_other_reference:
-            return lambda total: self.models.other_scorer(self._ticks(stage, total)), self.models.reference_fingerprint
+            return self._init_scorer, self.models.reference_fingerprint
         if policy.key == self.init.key and self.recipe.judge.by == "implicit":
             raise ModelError("the judge's policy equals its reference; give --adapter-path or --init-model")
-        return lambda total: self.models.scorer(INIT, self._ticks(stage, total)), self.init.key
+        return self._init_scorer, self.init.key
 
-    def _ticks(self, stage: str, total: int) -> Tick:
-        """A function to call once per scored row."""
-        done = itertools.count(1)
-        return lambda: self.report(Event(stage, next(done), total, "pairs"))
+    def _init_scorer(self, tick: Tick) -> AbstractContextManager[Scorer]:
+        """Scores under pi_init: the base, or a whole other model that takes its place inside the block."""
+        models = self.models
+        return models.other_scorer(tick) if models.has_other_reference else alone(models.scorer(INIT, tick))
 
 
-def round_objective(recipe: Recipe, round_: int, steps: int) -> objective.Refined:
-    """The refined loss of a round."""
+def round_objective(recipe: Recipe, round_: int, steps: int) -> TrainObjective:
+    """The refined loss of a round; with alpha = 0 that is plain DPO."""
     r = recipe.refine
+    if not r.alpha:
+        return objective.Dpo(recipe.loss.beta)
     window = objective.Window(r.rule, r.K, r.window, r.before_full)
     return objective.Refined(recipe.loss.beta, r.alpha, for_round(recipe, round_), window, r.warmup, steps)
 
@@ -335,27 +355,12 @@ def folder_digest(folder: Path | None) -> str | None:
 
 def read_samples(path: Path) -> list[Sample]:
     """Samples of a round."""
-    return [msgspec.json.decode(line, type=Sample) for line in path.read_bytes().splitlines()]
+    return [msgspec.json.decode(line, type=Sample) for line in lines_of(path)]
 
 
 def read_judgements(path: Path) -> list[Judgement]:
     """Judgements of a round."""
-    return [msgspec.json.decode(line, type=Judgement) for line in path.read_bytes().splitlines()]
-
-
-class Lines:
-    """Write records as JSON lines, in order."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._encoder = msgspec.json.Encoder()
-
-    def __enter__(self) -> Callable[[Any], None]:
-        self._file = self.path.open("wb", buffering=1 << 16)
-        return lambda record: (self._file.write(self._encoder.encode(record) + b"\n"), None)[1]
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    return [msgspec.json.decode(line, type=Judgement) for line in lines_of(path)]
 
 
 def summarise_run(shop: Workshop, policy: Policy) -> dict[str, Any]:
@@ -381,13 +386,13 @@ def summarise_run(shop: Workshop, policy: Policy) -> dict[str, Any]:
         "warnings": warnings(rows) + several_makers(shop.run.makers),
         "notes": shop.data.notes,
     }
-    write_json(shop.run.folder / "summary.json", summary)
+    top = shop.run.folder
+    write_json(top / "summary.json", summary)
+    write_json(top / "timings.json", {row["stage"]: shop.run.spent(row["folder"]) for row in rows})
     if policy.adapter:
-        final = shop.run.folder / "adapter"
-        final.mkdir(exist_ok=True)
-        for file in sorted(policy.adapter.iterdir()):
-            if file.name.startswith("adapter"):
-                write_atomic(final / file.name, file.read_bytes())
+        for file in sorted(policy.adapter.glob("adapter*")):
+            share(file, top / "adapter" / f".{file.name}")
+            move(top / "adapter" / f".{file.name}", top / "adapter" / file.name)
     return summary
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 
-from spa_lite.backend import Backend, Objective, Optimizer, StepStats
+from spa_lite.backend import Backend, Floats, Objective, Optimizer, StepStats
+from spa_lite.checkpoint import Checkpoints
 from spa_lite.errors import TrainingDiverged
 from spa_lite.events import Event, Report, silent
+from spa_lite.fit import halving
+from spa_lite.interrupt import deferred
 from spa_lite.keys import shuffled
 from spa_lite.recipe import Recipe
 from spa_lite.records import Judgement, Row
@@ -21,11 +25,30 @@ PATIENCE = 3
 
 
 class TrainObjective(Objective, Protocol):
-    """An objective that is told when an optimizer step ends."""
+    """An objective that is told when an optimizer step ends, and remembers things from step to step."""
 
     def end_step(self, skipped: bool = False) -> None:
         """Called after each optimizer step."""
         ...
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What it remembers between two steps, as plain values."""
+        ...
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        """Go back to what it remembered then."""
+        ...
+
+
+@dataclass(frozen=True)
+class Example:
+    """One pair of a training stage. `reference` [2] are the sums of both responses under PREVIOUS where they are
+    known already (the judge's policy is PREVIOUS), in nats."""
+
+    id: str
+    row: Row
+    reference: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,47 +93,78 @@ def learning_rate(step: int, plan: Plan, recipe: Recipe) -> float:
 
 def train(
     backend: Backend,
-    pairs: Sequence[tuple[str, Row]],
+    pairs: Sequence[Example],
     objective: TrainObjective,
     plan: Plan,
     recipe: Recipe,
-    log: Callable[[dict[str, Any]], None] = lambda line: None,
+    saved: Checkpoints,
     report: Report = silent,
     stage: str = "train",
     round_: int = 0,
 ) -> dict[str, Any]:
-    """Train POLICY on pairs (id, row with the chosen answer first). Returns a summary; `log` gets a line per step.
+    """Train POLICY on pairs whose chosen answer comes first, from the last checkpoint on. Returns a summary.
 
-    Raises TrainingDiverged after PATIENCE non-finite steps in a row (each of them is skipped and counted).
+    Raises TrainingDiverged after PATIENCE non-finite steps in a row (each of them is skipped and counted). The first
+    Ctrl-C ends it after a checkpoint.
     """
     t = recipe.train
     backend.start_training(Optimizer(weight_decay=t.weight_decay, max_grad_norm=t.max_grad_norm))
-    step, skipped, streak = 0, 0, 0
-    lines: list[dict[str, Any]] = []
+    at, lines = saved.resume(backend)
+    if at.step:
+        objective.remember(at.objective)
+        report(Event(stage, at.step, plan.steps, "steps", f"going on after step {at.step}"))
+    with deferred(lambda: report(Event(stage, note="stopping after this step; Ctrl-C again stops at once"))) as stopped:
+        for epoch, batch in islice(batches(pairs, plan, recipe, stage, round_), at.step, plan.steps):
+            sizes = backend.batching
+            rate = learning_rate(at.step, plan, recipe)
+            stats = optimizer_step(backend, batch, objective, rate)
+            objective.end_step(stats.skipped)
+            at.step, at.skipped = at.step + 1, at.skipped + stats.skipped
+            at.streak = at.streak + 1 if stats.skipped else 0
+            lines.append(step_line(at.step, epoch, rate, [example.id for example in batch], stats))
+            saved.log(lines[-1])
+            ending = stopped() or at.step == plan.steps
+            if ending or saved.due(at.step) or backend.batching != sizes:
+                at.objective = objective.memory
+                saved.save(backend, at)
+            note = f"skipped a non-finite step ({at.skipped} so far)" if at.streak else ""
+            report(Event(stage, at.step, plan.steps, "steps", note, metrics=lines[-1]))
+            if at.streak == PATIENCE:
+                raise TrainingDiverged(
+                    f"{stage}: loss or gradient was not finite {PATIENCE} steps in a row (step {at.step} of "
+                    f"{plan.steps}); lower the learning rate or check the data; finished stages are kept"
+                )
+            if ending:
+                break
+    saved.finish(backend)
+    return summarise(lines, at.skipped)
+
+
+def batches(
+    pairs: Sequence[Example], plan: Plan, recipe: Recipe, stage: str, round_: int
+) -> Iterator[tuple[int, list[Example]]]:
+    """Yield (epoch, pairs of one optimizer step); every epoch in an order of its own."""
     for epoch in range(plan.epochs):
         order = shuffled(len(pairs), recipe.seed, stage, round_, epoch)
         for start in range(0, len(pairs), plan.batch_size):
-            if step >= plan.steps:
-                break
-            batch = [pairs[i] for i in order[start : start + plan.batch_size]]
-            rate = learning_rate(step, plan, recipe)
-            stats = backend.dpo_step([row for _, row in batch], objective, rate)
-            objective.end_step(stats.skipped)
-            step, skipped = step + 1, skipped + stats.skipped
-            streak = streak + 1 if stats.skipped else 0
-            lines.append(step_line(step, epoch, rate, [i for i, _ in batch], stats))
-            log(lines[-1])
-            report(
-                Event(
-                    stage, step, plan.steps, "steps", f"skipped a non-finite step ({skipped} so far)" if streak else ""
-                )
-            )
-            if streak == PATIENCE:
-                raise TrainingDiverged(
-                    f"{stage}: loss or gradient was not finite {PATIENCE} steps in a row (step {step} of "
-                    f"{plan.steps}); lower the learning rate or check the data; finished stages are kept"
-                )
-    return summarise(lines, skipped)
+            yield epoch, [pairs[i] for i in order[start : start + plan.batch_size]]
+
+
+def optimizer_step(backend: Backend, batch: Sequence[Example], objective: TrainObjective, rate: float) -> StepStats:
+    """One step, with reference sums that are known already; in smaller micro-batches where memory runs out."""
+    before = objective.memory
+
+    def step() -> StepStats:
+        objective.remember(before)
+        return backend.dpo_step([example.row for example in batch], objective, rate, known_reference(batch))
+
+    return halving(backend, "micro", step)
+
+
+def known_reference(batch: Sequence[Example]) -> Floats | None:
+    """Reference sums [responses] of a batch, in row order; None unless all are known."""
+    known = [example.reference for example in batch]
+    return np.array([pair for pair in known if pair is not None]).reshape(-1) if None not in known else None
 
 
 def step_line(step: int, epoch: int, rate: float, ids: Sequence[str], stats: StepStats) -> dict[str, Any]:
@@ -167,7 +221,12 @@ def summarise(lines: Sequence[dict[str, Any]], skipped: int) -> dict[str, Any]:
     }
 
 
-def pairs_of(judgements: Sequence[Judgement], recipe: Recipe) -> list[tuple[str, Row]]:
-    """Training rows of judgements; pairs of identical answers are dropped if the recipe says so."""
+def pairs_of(judgements: Sequence[Judgement], recipe: Recipe) -> list[Example]:
+    """Training pairs of judgements; identical answers are dropped if the recipe says so.
+
+    The judge's policy is the DPO reference of the round, so its sums are the reference's.
+    """
     keep = recipe.judge.identical == "keep"
-    return [(j.id, j.row) for j in judgements if keep or j.a.ids != j.b.ids]
+    return [
+        Example(j.id, j.row, (j.chosen.policy, j.rejected.policy)) for j in judgements if keep or j.a.ids != j.b.ids
+    ]

@@ -33,6 +33,10 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # several small processes: more threads only wait for each other
 
 
+os.fsync = lambda fd: None
+"""Waiting for a disk takes milliseconds, hundreds of times; programs that tests start do wait."""
+
+
 def pytest_unconfigure() -> None:
     """Remove the caches of this session."""
     shutil.rmtree(CACHES, ignore_errors=True)

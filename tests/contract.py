@@ -538,6 +538,25 @@ class Bookkeeping:
         with pytest.raises(BackendError, match="adapter"):
             backend.start_training(OPTIMIZER)
 
+    def test_batch_sizes_may_change_between_calls(self, subject: Subject) -> None:
+        backend = subject.moved()
+        rows, before = pairs(backend), backend.batching
+        whole = draw(backend, prompts(backend), names(4, 2), Sampling(1.0, 1.0, 8)), sums(backend, rows)
+        for micro in (1, 3):
+            backend.batching = replace(before, micro=micro, sample=1, score=1, gradient_checkpointing=micro == 1)
+            seen = Mixed(0.0)
+            backend.dpo_step(rows, seen, 0.0)
+            assert [int(batch.row[-1]) + 1 for batch in seen.seen] == [1] * 4 if micro == 1 else [3, 1]
+        apart = draw(backend, prompts(backend), names(4, 2), Sampling(1.0, 1.0, 8)), sums(backend, rows)
+        backend.batching = before
+        assert texts(apart[0]) == texts(whole[0])
+        np.testing.assert_allclose(apart[1], whole[1], atol=subject.tolerance)
+
+    def test_it_knows_its_memory(self, subject: Subject) -> None:
+        backend = subject.fresh()
+        found = [backend.free_memory(), backend.peak_memory()]
+        assert found == [None, None] or all(size is not None and size > 0 for size in found)
+
     def test_it_describes_itself(self, subject: Subject) -> None:
         backend = subject.fresh()
         assert isinstance(backend, Backend)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from spa_lite.cli import main as cli
+from spa_lite.lock import locked
 from tests.small import lines, results, write_data
 
 TOY = ["--backend", "toy", "--model", "toy", "--max-tokens", "12", "--rounds", "2"]
@@ -58,9 +59,8 @@ def test_run_makes_a_table_and_a_folder(here: Path, capfd: pytest.CaptureFixture
     (folder,) = (here / "runs").iterdir()
     assert folder.name.startswith("spa-")
     assert len(folder.name) == len("spa-") + 8
-    assert {"recipe.yaml", "summary.json", "adapter", "rounds", "init", "timings.json"} == {
-        p.name for p in folder.iterdir()
-    }
+    wanted = {"run.json", "recipe.yaml", "summary.json", "adapter", "rounds", "init", "timings.json", "batching.json"}
+    assert {p.name for p in folder.iterdir()} == wanted | {".lock"}
     before = results(folder)
     code, again, err = call(capfd, *RUN)
     assert code == 0
@@ -89,7 +89,7 @@ def test_fresh_never_deletes_a_folder_that_is_no_run(here: Path, capfd: pytest.C
     (here / "precious/thesis.tex").write_text("x")
     code, _, err = call(capfd, *RUN, "--out", "precious", "--fresh")
     assert code == 1
-    assert "recipe.yaml" in err
+    assert "run.json" in err
     assert (here / "precious/thesis.tex").exists()
 
 
@@ -251,23 +251,57 @@ def test_bad_records_are_refused_or_skipped_and_counted(here: Path, capfd: pytes
     assert "3 bad records skipped" in err
 
 
-def test_ctrl_c_keeps_finished_work(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Exit code 130, a line that says how to go on, and the same command ends with the same results."""
-    slow = [*RUN, "--set", "seed_dpo.epochs=400", "--out"]
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_keeps_finished_work(
+    here: Path, capfd: pytest.CaptureFixture[str], sent: signal.Signals, code: int
+) -> None:
+    """Its exit code, a line that says how to go on, and the same command ends with the same results."""
+    slow = [*RUN, "--set", "seed_dpo.epochs=80", "--out"]
     # A shell starts what runs in its background deaf to Ctrl-C, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with spawn([*slow, "broken"], cwd=here, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as process:
         assert process.stderr is not None
         while not (here / "broken/init/measure.done.json").exists():  # then the long seed stage is next
             assert process.poll() is None
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         err = process.stderr.read()
-        assert process.wait(timeout=60) == 130
+        assert process.wait(timeout=60) == code
     assert "run the same command again" in err
     assert not (here / "broken/rounds/0/seed.done.json").exists()
     assert call(capfd, *slow, "broken")[0] == 0
-    assert call(capfd, *slow, "whole")[0] == 0
+    assert call(capfd, *slow, "whole", "--fresh")[0] == 0  # which takes nothing from the other run
     assert results(here / "broken") == results(here / "whole")
+
+
+def test_a_run_takes_what_its_neighbour_has_computed(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Another alpha changes training alone: the rest is shared, and that is said. --fresh computes everything."""
+    call(capfd, *RUN)
+    code, _, err = call(capfd, *RUN, "--alpha", "0.3", "--out", "runs/other")
+    assert code == 0
+    assert "which had computed the same: init measure, rounds/0 seed, rounds/0 measure, rounds/1 sample" in err
+    ours, theirs = ((here / "runs" / name / "rounds/1/samples.jsonl") for name in ("other", newest(here)))
+    assert ours.samefile(theirs)
+    code, _, err = call(capfd, *RUN, "--alpha", "0.3", "--out", "runs/other", "--fresh")
+    assert "which had computed the same" not in err
+    assert not ours.samefile(theirs)
+
+
+def newest(here: Path) -> str:
+    """Name of the run that has a name of its own."""
+    (name,) = [p.name for p in (here / "runs").iterdir() if p.name.startswith("spa-")]
+    return name
+
+
+def test_a_run_in_use_is_left_alone(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A second process is told who holds it, --fresh included."""
+    call(capfd, *RUN, "--out", "mine")
+    with locked(here / "mine"):
+        for more in ([], ["--fresh"]):
+            with spawn([*RUN, "--out", "mine", *more], cwd=here) as process:
+                _, err = process.communicate()
+            assert process.returncode == 1
+            assert f"mine is in use by process {os.getpid()}" in err
+    assert (here / "mine/summary.json").exists()
 
 
 def test_text_from_data_is_never_obeyed(here: Path, capfd: pytest.CaptureFixture[str]) -> None:

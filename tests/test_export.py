@@ -17,9 +17,8 @@ import safetensors.numpy as safetensors
 from spa_lite import backends, exchange
 from spa_lite.backend import POLICY, Lora, ModelSettings
 from spa_lite.backends.toy import VOCABULARY, ToyBackend
-from spa_lite.cli.run import write_recipe
 from spa_lite.errors import BackendError, ModelError
-from spa_lite.recipe import build
+from spa_lite.recipe import build, write_recipe
 from tests.small import lines, write_data
 from tests.test_cli import call
 from tests.tiny import make_model

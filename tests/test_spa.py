@@ -257,6 +257,7 @@ CHANGES: dict[str, Any] = {
 SHOWN_ELSEWHERE = {
     "name": "test_recipe",
     "scale": "test_recipe",
+    "report_to": "test_trackers",
     "inputs.model": "here: no-seed with another model",
     "inputs.backend": "test_backends",
     "inputs.device": "test_torch",
@@ -273,6 +274,8 @@ SHOWN_ELSEWHERE = {
     "lora.rank": "test_torch",
     "lora.alpha": "test_torch",
     "lora.targets": "test_torch",
+    "train.save_every": "test_resume; must change no result",
+    "train.save_minutes": "test_resume; must change no result",
     "batching.micro": "test_backends; must change no result",
     "batching.sample": "test_backends; must change no result",
     "batching.score": "test_backends; must change no result",
@@ -333,8 +336,8 @@ def test_three_steps_that_are_not_finite_stop_the_run(tmp_path: Path, files: dic
             if name != "dpo_step":
                 return super().__getattr__(name)
 
-            def step(rows: Sequence[Any], loss: Any, rate: float) -> Any:
-                return self._inner.dpo_step(rows, Poisoned(), rate)
+            def step(rows: Sequence[Any], loss: Any, rate: float, reference: Any) -> Any:
+                return self._inner.dpo_step(rows, Poisoned(), rate, reference)
 
             return step
 

@@ -1,0 +1,548 @@
+"""What a run will need before anything is loaded: memory from a model's shape, time from its arithmetic.
+
+A shape is read from `config.json` alone. The memory of a stage is what its backend holds at its worst moment; the
+formulas follow the code in `backends/`, and `benchmarks/bench_memory.py` compares them with what was measured.
+Everything is in bytes, FLOP and seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from spa_lite.errors import ModelError
+from spa_lite.recipe import Recipe
+
+GIB = 2**30
+
+# -- shapes ----------------------------------------------------------------------------------------------------------
+
+KEYS = {
+    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "hidden": ("hidden_size", "n_embd", "d_model"),
+    "heads": ("num_attention_heads", "n_head", "num_heads"),
+    "vocabulary": ("vocab_size",),
+}
+"""What must be there, under one of the names that architectures have for it."""
+MAY_BE = {
+    "intermediate": ("intermediate_size", "n_inner", "ffn_dim"),
+    "kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "context": ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len"),
+}
+MIXTURES = ("num_local_experts", "num_experts", "n_routed_experts")
+PLAIN_MLP = {"gpt2", "gpt_neo", "gpt_neox", "gptj", "phi", "opt", "starcoder2", "falcon", "bloom"}
+"""Two matrices where the others have three (a gate)."""
+TIED = {
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neo",
+    "opt",
+    "cohere",
+    "cohere2",
+    "starcoder2",
+    "smollm3",
+}
+"""The head is the embedding where the config does not say."""
+POSITIONS = {"gpt2", "gpt_neo", "opt"}
+"""A learned vector per position."""
+
+SEPARATE = {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj"}
+MLP = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+LLAMA = SEPARATE | {"output": "self_attn.o_proj"} | MLP
+NAMES: dict[str, dict[str, str]] = {
+    "phi3": {"query+key+value": "self_attn.qkv_proj", "output": "self_attn.o_proj"}
+    | {"gate+up": "mlp.gate_up_proj", "down": "mlp.down_proj"},
+    "gpt_neox": {"query+key+value": "attention.query_key_value", "output": "attention.dense"}
+    | {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"},
+    "gpt2": {"query+key+value": "attn.c_attn", "output": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"},
+    "gpt_neo": {
+        part: f"attn.attention.{name}"
+        for part, name in {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}.items()
+    }
+    | {"up": "mlp.c_fc", "down": "mlp.c_proj"},
+    "phi": SEPARATE | {"output": "self_attn.dense", "up": "mlp.fc1", "down": "mlp.fc2"},
+    "starcoder2": SEPARATE | {"output": "self_attn.o_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"},
+}
+"""The linear layers of a block, where they are not named as Llama's are; a sum is several in one matrix."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder-only transformer."""
+
+    kind: str  # transformers' model_type
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool  # the head is the embedding
+    gated: bool  # the MLP has a gate
+    context: int  # longest sequence, in tokens
+
+    @property
+    def queries(self) -> int:
+        """Width of a token's queries."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Width of a token's keys, and of its values."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """The linear layers of one block: name -> (inputs, outputs)."""
+        h, m = self.hidden, self.intermediate
+        sizes = {
+            "query": (h, self.queries),
+            "key": (h, self.keys),
+            "value": (h, self.keys),
+            "output": (self.queries, h),
+            "gate": (h, m if self.gated else 0),
+            "up": (h, m),
+            "down": (m, h),
+        }
+        found = {}
+        for parts, name in NAMES.get(self.kind, LLAMA).items():
+            of = [sizes[part] for part in parts.split("+")]
+            found[name] = (of[0][0], sum(outputs for _, outputs in of))
+        return {name: size for name, size in found.items() if size[1]}
+
+    @property
+    def body(self) -> int:
+        """Parameters of the blocks, norms included, biases not."""
+        return self.layers * (sum(i * o for i, o in self.linear.values()) + 2 * self.hidden) + self.hidden
+
+    @property
+    def embedding(self) -> int:
+        """Parameters of the token embedding, and of learned positions."""
+        return (self.vocabulary + (self.context if self.kind in POSITIONS else 0)) * self.hidden
+
+    @property
+    def head(self) -> int:
+        """Parameters of the output head; 0 where it is the embedding."""
+        return 0 if self.tied else self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        return self.body + self.embedding + self.head
+
+    def adapter(self, rank: int, targets: Sequence[str] = ("all-linear",)) -> int:
+        """Parameters of a LoRA adapter. Raises ModelError for a target that names no linear layer."""
+        size = 0
+        head = {} if self.tied else {"lm_head": (self.hidden, self.vocabulary)}
+        named = {f"layers.{name}": io for name, io in self.linear.items()} | head
+        for target in targets:
+            if target != "all-linear" and not any(_is_named(name, target) for name in named):
+                kinds = ", ".join(sorted({name.rpartition(".")[2] for name in named}))
+                raise ModelError(f"no linear layer of this model is named {target!r}: it has {kinds}")
+        for name, (inputs, outputs) in named.items():
+            every = "all-linear" in targets and name != "lm_head"
+            if every or any(_is_named(name, target) for target in targets):
+                size += rank * (inputs + outputs) * (1 if name == "lm_head" else self.layers)
+        return size
+
+
+def _is_named(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def shape_of(config: Mapping[str, Any]) -> Shape:
+    """The shape in a transformers `config.json`. Raises ModelError naming what is missing or cannot be estimated."""
+    nested = config.get("text_config")
+    text: Mapping[str, Any] = nested if isinstance(nested, Mapping) else config
+    kind = str(text.get("model_type") or config.get("model_type") or "unknown")
+    must = {name: _number(text, keys) for name, keys in KEYS.items()}
+    for name, value in must.items():
+        if value is None:
+            raise ModelError(f"the config of this {kind} model has no {KEYS[name][0]}, so its size is unknown")
+    if any((_number(text, (key,)) or 0) > 1 for key in MIXTURES):
+        raise ModelError(f"this {kind} model is a mixture of experts, whose size is not estimated")
+    sizes = {name: value for name, value in must.items() if value is not None}
+    may = {name: _number(text, keys) for name, keys in MAY_BE.items()}
+    gated = kind not in PLAIN_MLP
+    if may["intermediate"] is None and gated:
+        raise ModelError(f"the config of this {kind} model has no {MAY_BE['intermediate'][0]}, so its size is unknown")
+    tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
+    return Shape(
+        kind=kind,
+        **sizes,
+        intermediate=may["intermediate"] or 4 * sizes["hidden"],
+        kv_heads=may["kv_heads"] or sizes["heads"],
+        head_dim=may["head_dim"] or sizes["hidden"] // sizes["heads"],
+        tied=kind in TIED if tied is None else bool(tied),
+        gated=gated,
+        context=may["context"] or 2**20,
+    )
+
+
+def _number(config: Mapping[str, Any], keys: Sequence[str]) -> int | None:
+    """The first positive whole number under one of the keys."""
+    for key in keys:
+        value = config.get(key)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+CHUNK = 256
+"""Prompts that reach a backend at a time (`spa_lite.sample`)."""
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How a framework spends memory. Measured on the Linux CPU; for CUDA, MPS and Metal not yet."""
+
+    runtime: int  # Python and its libraries; on CUDA the context
+    tile: int  # numbers in a tile of logits
+    copies: float  # of a tile of logits in a training step, when all fit one tile
+    tiled_copies: float  # the same when there are several
+    read: int  # prompt tokens read at a time
+    room: int  # places by which a key-value cache grows
+    cache: float = 1.0  # times the size of the cache, when it grows
+    slack: float = 1.1  # times what is held at once is what the allocator takes
+    heap: bool = False  # arrays of up to 32 MiB lie on glibc's heap
+
+
+MLX = Habits(int(0.36 * GIB), 2**23, 9, 25, 2**11, 256, cache=1.5, slack=1.0)
+TORCH = Habits(int(0.42 * GIB), 2**25, 6, 6, 2**40, 64)
+TORCH_CPU = replace(TORCH, heap=True)
+MAPPED = 2**25
+"""glibc gives larger arrays pages of their own, and takes them back at once."""
+HEAP = (1.5, 3.3, 1.4)
+"""Times what is kept, one layer at work, and a tile of logits: what a training step takes of a heap that is in pieces.
+Fitted to ten training steps of three Llamas."""
+HEAP_FORWARD = 1.6
+"""The same without gradients."""
+
+
+def habits(backend: str, device: str) -> Habits:
+    """Those of a backend on a device; of PyTorch for backends that are not known."""
+    return MLX if backend == "mlx" else TORCH_CPU if device == "cpu" else TORCH
+
+
+@dataclass(frozen=True)
+class Longest:
+    """The longest texts of a run, in tokens: a prompt, a sampled answer, a labelled pair's prompt with an answer."""
+
+    prompt: int
+    answer: int
+    pair: int
+
+
+def longest_of(recipe: Recipe, shape: Shape) -> Longest:
+    """What the recipe's limits and the model's context allow. Real data are mostly shorter."""
+    prompt = min(recipe.lengths.max_prompt_length, shape.context - 1)
+    answer = min(recipe.sampling.max_tokens, shape.context - prompt)
+    has_pairs = not recipe.inputs.no_seed_pairs
+    return Longest(prompt, answer, min(recipe.lengths.max_length, shape.context) if has_pairs else prompt + answer)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a run, by what holds them. Stages share the first three; `peak` is the largest stage."""
+
+    runtime: int
+    base: int
+    adapters: int  # policy, previous, and pi_init where it is an adapter
+    optimizer: int  # AdamW's two moments and the gradient
+    activations: int  # of a training micro-batch: what is kept for the backward pass, and one layer at work in it
+    logits: int  # what a tile of logits takes beyond that
+    cache: int  # keys and values of a sampling batch
+    decoding: int  # what reading its prompts, or a step's logits, take beyond that
+    scoring: int  # a scoring batch
+
+    @property
+    def fixed(self) -> int:
+        """What every stage holds."""
+        return self.runtime + self.base + self.adapters
+
+    @property
+    def stages(self) -> dict[str, int]:
+        """The peak of each kind of stage: train (the seed stage too), sample, judge."""
+        return {
+            "train": self.fixed + self.optimizer + self.activations + self.logits,
+            "sample": self.fixed + self.cache + self.decoding,
+            "judge": self.fixed + self.scoring,
+        }
+
+    @property
+    def peak(self) -> int:
+        """The largest stage."""
+        return max(self.stages.values())
+
+
+def memory(
+    shape: Shape,
+    recipe: Recipe,
+    *,
+    backend: str,
+    device: str,
+    dtype: str,
+    bits: int,
+    longest: Longest | None = None,
+) -> Memory:
+    """Bytes that a run takes: on CUDA of the GPU's memory, elsewhere of the machine's.
+
+    `device`, `dtype` and `bits` are those of a backend's description. `longest`: of the data, where known.
+    """
+    way, width = habits(backend, device), WIDTH.get(dtype, 4)
+    longest = longest or longest_of(recipe, shape)
+    case = _Case(shape, recipe, longest, way, backend, device, width)
+    adapter = 4 * shape.adapter(recipe.lora.rank, recipe.lora.targets)
+    activations, logits = case.training()
+    cache, decoding = case.sampling()
+    return Memory(
+        runtime=way.runtime,
+        base=_base_bytes(shape, backend, width, bits),
+        adapters=(3 if recipe.inputs.init_adapter else 2) * adapter,
+        optimizer=(4 if backend == "mlx" else 3) * adapter,
+        activations=int(activations),
+        logits=int(logits),
+        cache=int(cache),
+        decoding=int(decoding),
+        scoring=int(case.scoring()),
+    )
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One model, recipe and framework; each method gives the bytes of one kind of stage."""
+
+    shape: Shape
+    recipe: Recipe
+    longest: Longest
+    way: Habits
+    backend: str
+    device: str
+    width: int  # bytes per weight
+
+    @property
+    def number(self) -> float:
+        """Bytes per number in activations: in 16 bits a part of the work is in float32."""
+        return 3 if self.width == 2 else self.width
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence that is scored or trained on."""
+        return max(self.longest.prompt + self.longest.answer, self.longest.pair)
+
+    @property
+    def answer(self) -> int:
+        """Tokens of the longest response."""
+        return max(self.longest.answer, self.longest.pair - self.longest.prompt)
+
+    def training(self) -> tuple[float, float]:
+        """Activations of a micro-batch, and what a tile of logits takes beyond them. A pair is two sequences."""
+        s, way, b, r = self.shape, self.way, self.recipe.batching, self.recipe
+        sequences = 2 * min(b.micro, max(r.train.batch_size, r.seed_dpo.batch_size))
+        tokens, numbers = sequences * self.length, sequences * self.answer * s.vocabulary
+        scores = sequences * s.heads * self.length**2
+        if self.backend == "mlx":
+            saved = (5 * s.intermediate + 8 * s.hidden) * tokens + scores
+            kept = 3.5 * s.hidden * tokens if b.gradient_checkpointing else saved
+            layer = 18 * (s.hidden + s.intermediate) * tokens + 3 * scores
+        else:
+            width = 4 * s.hidden + 2 * s.queries + 2 * s.keys + (4 if s.gated else 3) * s.intermediate
+            saved = width * tokens + (scores if self.device == "mps" else 0)
+            kept = s.hidden * tokens if b.gradient_checkpointing else saved
+            layer = (saved if b.gradient_checkpointing else 0) + (2 * s.intermediate + s.hidden) * tokens
+        copies = way.copies if numbers <= way.tile else way.tiled_copies
+        tile = 4 * copies * min(numbers, way.tile)
+        if self.on_heap(tokens):  # where the layers worked before, the logits find no room
+            keeps, works, tiles = HEAP
+            return self.number * (keeps * kept * s.layers + works * layer), tiles * tile
+        activations = way.slack * self.number * (kept * s.layers + layer)
+        return activations, way.slack * max(0, tile - self.number * layer)
+
+    def sampling(self) -> tuple[float, float]:
+        """The cache, and what reading the prompts or the logits of a step take beyond it."""
+        s, n, prompts = self.shape, self.recipe.sampling.n, min(self.recipe.batching.sample, CHUNK)
+        room = -(-(self.longest.prompt + self.longest.answer) // self.way.room) * self.way.room
+        cache = 2 * s.layers * s.keys * self.width * prompts * n * room
+        reading = min(prompts * self.longest.prompt, max(self.way.read, prompts))
+        step = 4 * 5 * prompts * n * s.vocabulary
+        beyond = max(self.forward(self.longest.prompt) * reading - cache * (1 - 1 / n), step)
+        return self.held(self.way.cache * cache, reading), self.held(beyond, reading)
+
+    def scoring(self) -> float:
+        """A batch: as many rows together as hold `batching.score` pairs."""
+        s, sequences = self.shape, 2 * self.recipe.batching.score
+        tokens = sequences * self.length
+        at_once = min(tokens, 2**14) if self.backend == "mlx" else tokens
+        tile = 4 * self.way.copies / 3 * min(sequences * self.answer * s.vocabulary, self.way.tile)
+        work = max(self.held(self.forward(self.length) * at_once, at_once), self.way.slack * tile)
+        return work + self.number * s.hidden * tokens
+
+    def forward(self, keys: int) -> float:
+        """Bytes per token of a layer without gradients; only MLX's CPU version makes attention scores."""
+        s = self.shape
+        scores = 2 * s.heads * keys if self.backend == "mlx" and self.device == "cpu" else 0
+        return self.number * (3 * s.intermediate + 4 * s.hidden + s.queries + 2 * s.keys + scores)
+
+    def on_heap(self, tokens: int) -> bool:
+        """Whether the arrays of a forward of so many tokens share glibc's heap."""
+        return self.way.heap and self.number * tokens * self.shape.intermediate < MAPPED
+
+    def held(self, size: float, tokens: int) -> float:
+        """What the process takes to hold so many bytes without gradients."""
+        return size * (HEAP_FORWARD if self.on_heap(tokens) else self.way.slack)
+
+
+def _base_bytes(shape: Shape, backend: str, width: int, bits: int) -> int:
+    """The frozen weights. Below 16 bits, groups of 64 share a scale; PyTorch leaves embedding and head as they are."""
+    if bits >= 16:
+        return shape.parameters * width
+    if backend == "mlx":
+        return int(shape.parameters * (bits / 8 + 2 * width / 64))
+    return int(shape.body * (bits + 0.127) / 8 + (shape.embedding + shape.head) * width)
+
+
+def micro_batch(
+    shape: Shape,
+    recipe: Recipe,
+    free: int,
+    *,
+    backend: str,
+    device: str,
+    dtype: str,
+    bits: int,
+    longest: Longest | None = None,
+    loaded: bool = False,
+) -> int:
+    """Pairs per forward of a training step: the largest power of two whose peak fits into 80 % of `free` bytes.
+
+    At least 1, and not above the pairs of a step. `loaded`: the model was in memory already when `free` was measured.
+    """
+    best = size = 1
+    while size <= max(recipe.train.batch_size, recipe.seed_dpo.batch_size):
+        tried = replace(recipe, batching=replace(recipe.batching, micro=size))
+        need = memory(shape, tried, backend=backend, device=device, dtype=dtype, bits=bits, longest=longest)
+        if need.stages["train"] - (need.runtime + need.base if loaded else 0) > 0.8 * free:
+            break
+        best, size = size, 2 * size
+    return best
+
+
+# -- time ------------------------------------------------------------------------------------------------------------
+
+SPEED_SECONDS = 0.3
+EFFICIENCY = 0.5
+"""Share of a matrix product's speed that whole stages reach: seven runs on a CPU reached 0.3 to 0.8."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Arithmetic and memory traffic of one stage."""
+
+    flop: float
+    bytes: float
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flop + other.flop, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a machine does per second: FLOP of matrix products, and bytes read."""
+
+    flop: float
+    bytes: float
+
+
+def work(
+    shape: Shape,
+    recipe: Recipe,
+    prompts: int,
+    pairs: int,
+    held_out: int,
+    *,
+    longest: Longest | None = None,
+    width: int = 4,
+) -> dict[str, Work]:
+    """Work of a whole run by kind of stage: seed, sample, judge, train, measure.
+
+    `prompts`: over all rounds; `pairs`: labelled; `held_out`: labelled pairs that are measured after every stage.
+    `longest` should be typical lengths here: what a run takes grows with the mean, not the maximum. `width`: bytes
+    per weight. A token costs two FLOP per parameter that it passes, and attention two per layer, width and place.
+    """
+    longest = longest or longest_of(recipe, shape)
+    sampled, pair = longest.prompt + longest.answer, longest.pair
+    n, read = recipe.sampling.n, shape.parameters * width
+    seed_pairs = 0 if recipe.inputs.no_seed_pairs else pairs * recipe.seed_dpo.epochs
+    trained = prompts * recipe.train.epochs if recipe.rounds else 0
+    again = 1 if recipe.batching.gradient_checkpointing else 0
+    passes = 3 + again  # reference, policy, the gradient of the activations; and the policy once more
+
+    def forward(sequences: float, length: int, answer: int, batch: int, times: float = 1) -> Work:
+        one = 2 * shape.body * length + 2 * shape.vocabulary * shape.hidden * answer
+        one += 2 * shape.layers * shape.queries * length**2
+        return Work(times * sequences * one, times * read * sequences / max(1, batch))
+
+    def decode(count: int) -> Work:
+        steps = count / min(max(1, recipe.batching.sample), CHUNK) * longest.answer
+        attention = 4 * shape.layers * shape.queries * (longest.prompt + longest.answer / 2)
+        tokens = count * n * longest.answer
+        reading = forward(count, longest.prompt, 1, recipe.batching.sample)
+        places = 2 * shape.layers * shape.keys * width * (longest.prompt + longest.answer / 2)
+        return reading + Work(
+            tokens * (2 * (shape.body + shape.vocabulary * shape.hidden) + attention), steps * read + tokens * places
+        )
+
+    answer = max(1, pair - longest.prompt)
+    stages = recipe.rounds + 1
+    return {
+        "seed": forward(2 * seed_pairs, pair, answer, 2 * recipe.batching.micro, passes),
+        "sample": decode(prompts if recipe.rounds else 0),
+        "judge": forward(n * (prompts if recipe.rounds else 0), sampled, longest.answer, 2 * recipe.batching.score, 2),
+        "train": forward(2 * trained, sampled, longest.answer, 2 * recipe.batching.micro, passes),
+        "measure": forward(2 * held_out, pair, answer, 2 * recipe.batching.score, 2 * stages),
+    }
+
+
+def seconds(done: Work, speed: Speed) -> float:
+    """Seconds for some work: its arithmetic or its reading, whichever takes longer. Good to a factor of two or so.
+
+    With the speed that `cpu_speed` found, training, sampling and scoring with Llamas of 25 and 55 M parameters (one
+    thread, float32, PyTorch and MLX) took 0.6 to 1.7 times as long. Models of a few million parameters take several
+    times longer, since not arithmetic is what keeps them busy. No GPU was measured.
+    """
+    return max(done.flop / (EFFICIENCY * speed.flop), done.bytes / speed.bytes)
+
+
+def cpu_speed() -> Speed:
+    """This CPU's speed in float32, as NumPy's matrix product and a large sum find it, in under half a second.
+
+    It uses as many threads as NumPy does, which may not be as many as the backend. `seconds` says how good it is.
+    """
+    a = np.ones((512, 512), dtype=np.float32)
+    b = np.empty(2**23, dtype=np.float32)
+    b.fill(1)
+    flop = _rate(lambda: a @ a, 2 * 512**3)
+    return Speed(flop, _rate(b.sum, b.nbytes))
+
+
+def _rate(call: Callable[[], Any], amount: float) -> float:
+    """The best rate of a call, tried for a moment, the first time not counted."""
+    call()
+    best, end = 0.0, time.perf_counter() + SPEED_SECONDS / 2
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        best = max(best, amount / (time.perf_counter() - start))
+    return best

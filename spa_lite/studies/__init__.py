@@ -1,0 +1,1 @@
+"""The shipped studies: questions of the paper, asked of the lesson."""
