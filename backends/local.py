@@ -34,6 +34,7 @@ from spa_lite.backends.decoding import Answer, Decoding
 from spa_lite.backends.model_folder import fingerprint
 from spa_lite.backends.packing import Packed, batches, pack
 from spa_lite.errors import BackendError, OutOfMemory
+from spa_lite.estimate import Shape, shape_of
 from spa_lite.records import Completion, Ids, Row, Score
 
 
@@ -125,6 +126,16 @@ class LocalBackend(ABC):
     @abstractmethod
     def _old_training(self, folder: Path, adapter: str) -> Training | None:
         """The optimizer state stored in a folder; None if there is none."""
+
+    @property
+    def shape(self) -> Shape:
+        """What matters of the model for estimates of memory. Raises ModelError where its config does not say it."""
+        return shape_of(self._config)
+
+    @property
+    @abstractmethod
+    def _config(self) -> dict[str, Any]:
+        """config.json, with transformers' defaults."""
 
     @property
     def advice(self) -> tuple[str, ...]:

@@ -66,6 +66,10 @@ class MlxBackend(LocalBackend):
         """What a user should know before a long run."""
         return (*self._loaded.notes, *advice())
 
+    @property
+    def _config(self) -> dict[str, Any]:
+        return self._loaded.config
+
     def machine_checks(self) -> Iterator[tuple[str, bool | None, str]]:
         """Whether Metal agrees with the CPU, and whether the CPU's matrix library is the fast one."""
         return checks(self, self.net)

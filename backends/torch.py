@@ -58,6 +58,11 @@ class TorchBackend(LocalBackend):
             "head": "logits of all positions (slow)" if self.net.whole else "response positions only",
         }
 
+    @property
+    def _config(self) -> dict[str, Any]:
+        config: dict[str, Any] = self.net.model.config.to_dict()
+        return config
+
     def machine_checks(self) -> Iterator[tuple[str, bool | None, str]]:
         """Which devices this PyTorch can use."""
         found = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -118,6 +118,8 @@ class ToyBackend:
         self._roles: dict[str, Floats | None] = {INIT: None, PREVIOUS: None, POLICY: None}
         self._adamw: AdamW | None = None
 
+    shape = None
+
     @property
     def advice(self) -> tuple[str, ...]:
         """Nothing to know."""

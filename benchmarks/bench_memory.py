@@ -78,7 +78,7 @@ def head() -> str:
             "",
             f"MiB of the whole process, libraries included. {versions}, OMP_NUM_THREADS="
             f"{os.environ.get('OMP_NUM_THREADS', 'unset')}. Four micro-batches are trained on, one batch is "
-            "sampled and one scored. Not measured, for want of the machines: CUDA, MPS, Metal, and 4 bits.",
+            "sampled and one scored. Not measured: CUDA, MPS, Metal and 4 bits, for want of the machines.",
             "",
             "| backend | model | checkpointing | pairs, prompts, rows at a time | stage | measured | estimate | off |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",

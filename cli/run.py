@@ -67,7 +67,9 @@ def run(
     resolved, sources = resolve(given, set_ or [], config, recipe, scale, default_scale)
     trackers.check(resolved.report_to)
     if dry_run:
-        _show_settings(resolved, sources)
+        from spa_lite.cli import dry_run as dry
+
+        dry.show(resolved, sources, out)
         return
 
     import msgspec
@@ -139,9 +141,3 @@ def clear(folder: Path) -> None:
         raise RunError(f"{folder} does not look like a run folder (it has no run.json), so it is not deleted")
     with locked(folder):
         shutil.rmtree(folder)
-
-
-def _show_settings(resolved: Any, sources: dict[str, str]) -> None:
-    """The resolved recipe, a line per setting."""
-    for path, source in sources.items():
-        print(f"{path:<34} {resolved.get(path)!s:<24} {source}")

@@ -23,10 +23,11 @@ from spa_lite.errors import RecipeError, SpaError, StaleRun
 from spa_lite.events import Report, silent
 from spa_lite.library import Library
 from spa_lite.models import Models
+from spa_lite.plan import Planned, State, plan
 from spa_lite.recipe import SETTINGS, Recipe, build, check_path, read_text, settings_of
-from spa_lite.spa import align, spa
-from spa_lite.stages import Data, Workshop
-from spa_lite.store import Run, Stage, digest
+from spa_lite.spa import align
+from spa_lite.stages import Data
+from spa_lite.store import Run, digest
 
 BASE = "base"
 Varied = Mapping[str, Sequence[Any]]
@@ -227,62 +228,6 @@ class Shelf:
         return digest({path: value for path, value in settings_of(recipe).items() if path.startswith(prefixes)})
 
 
-State = Literal["done", "reuse", "shared", "compute"]
-"""Finished in its own folder; finished in another run; computed by an earlier job of the study; to be computed."""
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One stage of one job."""
-
-    stage: Stage
-    state: State
-    made_by: Mapping[str, Any]
-
-    def seconds(self, library: Library) -> float | None:
-        """Estimate of what is left of it, from what like stages took; None while none was measured."""
-        if self.state != "compute" or library.find(self.stage.key, self.made_by):
-            return 0.0
-        pace = library.pace(self.stage.kind, self.stage.inputs["model"], self.made_by)
-        return None if pace is None else pace * self.stage.size
-
-
-class Outlook(Run):
-    """A run that computes nothing and notes what it would do. `seen` are keys that earlier jobs compute."""
-
-    def __init__(self, folder: Path, library: Library, seen: set[str]) -> None:
-        self.planned: list[Planned] = []
-        self._seen = seen
-        super().__init__(folder, library)
-
-    def _make(self) -> None:
-        """Nothing is written."""
-
-    def once(
-        self, stage: Stage, work: Callable[[Path], dict[str, Any]], made_by: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Note the stage. Raises StaleRun as the run itself would."""
-        assert self.library is not None
-        state: State = "compute"
-        done = self.marked(stage)
-        if done:
-            state = "done"
-        elif stage.key in self._seen:
-            state = "shared"
-        elif self.library.find(stage.key, made_by or {}):
-            state = "reuse"
-        self._seen.add(stage.key)
-        self.planned.append(Planned(stage, state, made_by or {}))
-        return dict(done["summary"]) if done else {}
-
-
-def plan(job: Job, shelf: Shelf, library: Library, seen: set[str]) -> list[Planned]:
-    """What a job will do, stage by stage."""
-    outlook = Outlook(job.folder, library, seen)
-    spa(Workshop(shelf.models(job.recipe), job.recipe, shelf.data(job.recipe), outlook))
-    return outlook.planned
-
-
 @dataclass(frozen=True)
 class Schedule:
     """The plan of a study. A job that cannot even be planned is there with the reason."""
@@ -310,7 +255,8 @@ def schedule(jobs: Sequence[Job], shelf: Shelf, library: Library) -> Schedule:
     found: list[tuple[Job, list[Planned] | str]] = []
     for job in jobs:
         try:
-            found.append((job, plan(job, shelf, library, seen)))
+            walked = plan(shelf.models(job.recipe), job.recipe, shelf.data(job.recipe), job.folder, library, seen)
+            found.append((job, walked))
         except StaleRun:
             raise
         except SpaError as error:

@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spa_lite.records import Completion, Ids, Message, Row, Score
+
+if TYPE_CHECKING:
+    from spa_lite.estimate import Shape
 
 Floats = NDArray[np.float64]
 
@@ -202,6 +205,11 @@ class Backend(Protocol):
     @property
     def description(self) -> dict[str, Any]:
         """Device, real dtype and bits, parameter counts: what `doctor` shows."""
+        ...
+
+    @property
+    def shape(self) -> Shape | None:
+        """What matters of the model for estimates of memory; None if it needs none to speak of."""
         ...
 
     @property

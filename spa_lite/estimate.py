@@ -226,7 +226,7 @@ MAPPED = 2**25
 """glibc gives larger arrays pages of their own, and takes them back at once."""
 HEAP = (1.5, 3.3, 1.4)
 """Times what is kept, one layer at work, and a tile of logits: what a training step takes of a heap that is in pieces.
-Fitted to ten training steps of three Llamas."""
+Fitted to ten training steps of three Llamas; for one of 30 layers it comes to a third too little in all."""
 HEAP_FORWARD = 1.6
 """The same without gradients."""
 
@@ -300,6 +300,7 @@ def memory(
     """Bytes that a run takes: on CUDA of the GPU's memory, elsewhere of the machine's.
 
     `device`, `dtype` and `bits` are those of a backend's description. `longest`: of the data, where known.
+    A micro-batch that is not set yet counts as 1: see `micro_batch`.
     """
     way, width = habits(backend, device), WIDTH.get(dtype, 4)
     longest = longest or longest_of(recipe, shape)
@@ -334,8 +335,8 @@ class _Case:
 
     @property
     def number(self) -> float:
-        """Bytes per number in activations: in 16 bits a part of the work is in float32."""
-        return 3 if self.width == 2 else self.width
+        """Bytes per number in activations: in 16 bits the adapters and a part of the work are in float32."""
+        return self.width if self.width != 2 else 3 if self.backend == "mlx" else 3.75
 
     @property
     def length(self) -> int:
@@ -350,7 +351,7 @@ class _Case:
     def training(self) -> tuple[float, float]:
         """Activations of a micro-batch, and what a tile of logits takes beyond them. A pair is two sequences."""
         s, way, b, r = self.shape, self.way, self.recipe.batching, self.recipe
-        sequences = 2 * min(b.micro, max(r.train.batch_size, r.seed_dpo.batch_size))
+        sequences = 2 * min(b.micro or 1, max(r.train.batch_size, r.seed_dpo.batch_size))
         tokens, numbers = sequences * self.length, sequences * self.answer * s.vocabulary
         scores = sequences * s.heads * self.length**2
         if self.backend == "mlx":
@@ -507,10 +508,10 @@ def work(
     answer = max(1, pair - longest.prompt)
     stages = recipe.rounds + 1
     return {
-        "seed": forward(2 * seed_pairs, pair, answer, 2 * recipe.batching.micro, passes),
+        "seed": forward(2 * seed_pairs, pair, answer, 2 * (recipe.batching.micro or 1), passes),
         "sample": decode(prompts if recipe.rounds else 0),
         "judge": forward(n * (prompts if recipe.rounds else 0), sampled, longest.answer, 2 * recipe.batching.score, 2),
-        "train": forward(2 * trained, sampled, longest.answer, 2 * recipe.batching.micro, passes),
+        "train": forward(2 * trained, sampled, longest.answer, 2 * (recipe.batching.micro or 1), passes),
         "measure": forward(2 * held_out, pair, answer, 2 * recipe.batching.score, 2 * stages),
     }
 

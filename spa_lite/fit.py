@@ -7,8 +7,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import msgspec
+
 from spa_lite.backend import Backend, Batching
-from spa_lite.errors import OutOfMemory, RunError
+from spa_lite.errors import ModelError, OutOfMemory, RunError
+from spa_lite.estimate import Longest, micro_batch
 from spa_lite.files import read_json, write_json
 from spa_lite.recipe import Recipe
 
@@ -17,10 +20,35 @@ Size = Literal["sample", "score", "micro"]
 NAME = "batching.json"
 
 
-def batching_of(recipe: Recipe) -> Batching:
-    """The batch sizes that a recipe asks for."""
+def batching_of(recipe: Recipe, micro: int | None = None) -> Batching:
+    """The batch sizes that a recipe asks for. `micro` is for one that leaves the micro-batch open."""
     b = recipe.batching
-    return Batching(b.sample, b.score, b.micro, b.gradient_checkpointing)
+    return Batching(b.sample, b.score, b.micro or micro or Batching.micro, b.gradient_checkpointing)
+
+
+def micro_that_fits(recipe: Recipe, backend: Backend, longest: Longest) -> int:
+    """Pairs per forward of a training step that fit into the memory that is free now, by estimate.
+
+    The usual number where a backend needs no memory to speak of, or its model's config does not say how large it is.
+    """
+    free, used = backend.free_memory(), backend.description
+    try:
+        shape = backend.shape
+    except ModelError:
+        shape = None
+    if shape is None or free is None:
+        return Batching.micro
+    return micro_batch(
+        shape,
+        recipe,
+        free,
+        backend=backend.name,
+        device=str(used["device"]),
+        dtype=str(used["dtype"]),
+        bits=int(used["bits"]),
+        longest=longest,
+        loaded=True,
+    )
 
 
 def halving(backend: Backend, size: Size, work: Callable[[], T]) -> T:
@@ -38,6 +66,13 @@ def halving(backend: Backend, size: Size, work: Callable[[], T]) -> T:
             backend.batching = replace(backend.batching, **{size: now // 2})
 
 
+class Stored(msgspec.Struct):
+    """`batching.json`."""
+
+    asked: dict[str, Any] = {}
+    used: Batching | None = None
+
+
 class Remembered:
     """The batch sizes of a run: as the recipe asks, unless memory taught better. A new wish of the user's wins."""
 
@@ -45,15 +80,17 @@ class Remembered:
         self.path, self.asked = folder / NAME, asked
         self.used: dict[str, Any] = {}
         try:
-            stored = read_json(self.path) if self.path.exists() else {}
-        except RunError:
-            stored = {}
-        if stored.get("asked") == asked:
-            self.used = stored["used"]
+            stored = msgspec.convert(read_json(self.path), Stored) if self.path.exists() else Stored()
+        except (RunError, msgspec.ValidationError):
+            stored = Stored()
+        if stored.used and stored.asked == asked:
+            self.used = asdict(stored.used)
 
-    def apply(self, sizes: Batching) -> Batching:
-        """Batch sizes with what is remembered in their place."""
-        return replace(sizes, **{name: value for name, value in self.used.items() if hasattr(sizes, name)})
+    def apply(self, recipe: Recipe, micro: Callable[[], int]) -> Batching:
+        """The batch sizes to use: what is remembered, else what the recipe asks for, else `micro`."""
+        if self.used:
+            return msgspec.convert(self.used, Batching)
+        return batching_of(recipe, None if recipe.batching.micro else micro())
 
     def notice(self, sizes: Batching) -> str:
         """Write down sizes that changed. Returns a sentence about them, or nothing."""

@@ -10,8 +10,11 @@ from typing import Any
 
 from spa_lite.backend import INIT, Backend
 from spa_lite.errors import ModelError
+from spa_lite.estimate import Longest
+from spa_lite.fit import micro_that_fits
 from spa_lite.judge import Scorer, scorer
-from spa_lite.records import Ids, Row
+from spa_lite.recipe import Recipe
+from spa_lite.records import Ids, Message, Row
 
 Tick = Callable[[], None]
 
@@ -30,6 +33,7 @@ class Models:
         self._backend: Backend | None = None
         self._fingerprint, self._reference_fingerprint = "", ""
         self._made_by: dict[str, Any] = {}
+        self._micro: int | None = None
         self.init_adapter, self.policy_adapter = init_adapter, policy_adapter
 
     @property
@@ -37,7 +41,6 @@ class Models:
         """The model that is sampled, scored and trained. Do not keep it: it may be released and loaded anew."""
         if self._backend is None:
             self._backend = self._load()
-            self._fingerprint = self._backend.fingerprint
             used = self._backend.description
             self._made_by = {"backend": self._backend.name} | {k: used.get(k) for k in ("device", "dtype", "bits")}
         return self._backend
@@ -46,6 +49,12 @@ class Models:
     def loaded(self) -> Backend | None:
         """The same, if it is in memory now."""
         return self._backend
+
+    def micro(self, recipe: Recipe, longest: Longest) -> int:
+        """Pairs per forward of a training step where the recipe leaves it open: chosen once, so that runs are alike."""
+        if self._micro is None:
+            self._micro = micro_that_fits(recipe, self.backend, longest)
+        return self._micro
 
     @property
     def made_by(self) -> dict[str, Any]:
@@ -57,7 +66,9 @@ class Models:
     @property
     def fingerprint(self) -> str:
         """Digest of weights, tokenizer and template."""
-        return self._fingerprint or self.backend.fingerprint
+        if not self._fingerprint:
+            self._fingerprint = self.backend.fingerprint
+        return self._fingerprint
 
     @property
     def has_other_reference(self) -> bool:
@@ -107,4 +118,5 @@ class Models:
 def _vocabulary(backend: Backend) -> tuple[Ids, frozenset[int]]:
     """What two models must agree on before one may score the other's ids."""
     probe = "The quick brown fox, 1234567890; naïve 東京 🙂"
-    return backend.tokenizer.encode_answer((), probe), backend.tokenizer.stop_ids
+    asked = [Message(role="user", content="?")]
+    return backend.tokenizer.encode_answer(asked, probe), backend.tokenizer.stop_ids

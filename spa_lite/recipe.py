@@ -228,7 +228,9 @@ class Train:
 class Batching:
     """Memory and speed only."""
 
-    micro: Count = setting(8, "Pairs per forward pass in training.", flag="--micro-batch")
+    micro: Count | None = setting(
+        None, "Pairs per forward pass in training; none: as many as fit into free memory.", flag="--micro-batch"
+    )
     sample: Count = setting(64, "Prompts decoded together.", flag="--sample-batch")
     score: Count = setting(32, "Rows scored together.", flag="--score-batch")
     gradient_checkpointing: bool = setting(False, "Recompute activations to save memory.", flag="--grad-checkpoint")

@@ -21,10 +21,11 @@ from spa_lite import evaluate, objective
 from spa_lite.backend import INIT, POLICY, Backend
 from spa_lite.checkpoint import Checkpoints
 from spa_lite.errors import DataError, ModelError
+from spa_lite.estimate import Longest
 from spa_lite.evaluate import GoldRule
 from spa_lite.events import Event, Report, silent, ticking
 from spa_lite.files import lines_of, move, share, write_json
-from spa_lite.fit import Remembered, batching_of
+from spa_lite.fit import Remembered
 from spa_lite.journal import Journal, Marked
 from spa_lite.judge import Scorer, counts, decide, no_reference, resumed, rows_of
 from spa_lite.models import Models, Tick
@@ -281,7 +282,9 @@ class Workshop:
     def _bind(self, adapter: Path | None, lagged: Policy | None = None, training: bool = False) -> Backend:
         """Put the roles on the base: pi_init, the policy, and whatever else is asked for."""
         backend = self.models.backend
-        backend.batching = self.sizes.apply(batching_of(self.recipe))
+        backend.batching = self.sizes.apply(
+            self.recipe, lambda: self.models.micro(self.recipe, longest(self.recipe, self.data))
+        )
         self.sizes.notice(backend.batching)
         backend.bind(INIT, self.models.init_adapter)
         if adapter or not training:
@@ -324,6 +327,17 @@ def round_objective(recipe: Recipe, round_: int, steps: int) -> TrainObjective:
         return objective.Dpo(recipe.loss.beta)
     window = objective.Window(r.rule, r.K, r.window, r.before_full)
     return objective.Refined(recipe.loss.beta, r.alpha, for_round(recipe, round_), window, r.warmup, steps)
+
+
+def longest(recipe: Recipe, data: Data) -> Longest:
+    """The longest texts that a run trains on, in tokens, as far as they are known before it samples."""
+    prompts = [len(ids) for share in data.rounds for _, ids in share]
+    rows = [row for _, row in data.seed_pairs]
+    return Longest(
+        prompt=max([*prompts, *(len(row.prompt) for row in rows)], default=1),
+        answer=recipe.sampling.max_tokens if prompts else 0,
+        pair=max((len(row.prompt) + len(answer) for row in rows for answer in row.responses), default=1),
+    )
 
 
 def lora_shape(recipe: Recipe) -> contract.Lora:

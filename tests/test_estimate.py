@@ -127,14 +127,16 @@ def test_more_of_anything_takes_more(where: dict[str, Any]) -> None:
     assert base.peak == max(base.stages.values())
     longer = memory(shape, recipe, longest=Longest(512, 400, 1024), **where)
     assert longer.cache > base.cache
+    recipe = laptop(**{"batching.micro": 2})
+    base = memory(shape, recipe, **where)
     wider = laptop(**{"batching.micro": 4, "batching.sample": 32, "batching.score": 16})
     more = memory(shape, wider, **where)
     assert more.activations > 1.5 * base.activations
     assert more.stages["sample"] > base.stages["sample"]
     assert more.scoring >= base.scoring
-    kept = memory(shape, laptop(**{"batching.gradient_checkpointing": False}), **where)
+    kept = memory(shape, laptop(**{"batching.gradient_checkpointing": False, "batching.micro": 2}), **where)
     assert kept.activations > 3 * base.activations
-    adapter = memory(shape, laptop(**{"inputs.init_adapter": "x"}), **where)
+    adapter = memory(shape, laptop(**{"inputs.init_adapter": "x", "batching.micro": 2}), **where)
     assert adapter.adapters == 1.5 * base.adapters
 
 

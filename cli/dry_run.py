@@ -1,0 +1,208 @@
+"""`spa-lite run --dry-run`: settings, stages, memory and time, without loading or computing anything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from spa_lite.cli import render
+from spa_lite.errors import ModelError
+
+if TYPE_CHECKING:
+    from spa_lite.estimate import Longest, Memory, Shape
+    from spa_lite.library import Library
+    from spa_lite.models import Models
+    from spa_lite.plan import Planned
+    from spa_lite.prepare import Raw
+    from spa_lite.recipe import Recipe
+    from spa_lite.stages import Data
+
+GB = 1e9
+
+
+def show(recipe: Recipe, sources: dict[str, str], out: Path | None) -> None:
+    """Print everything that can be known before the model is there; say what cannot."""
+    from spa_lite import prepare
+    from spa_lite.backends.outline import outline
+    from spa_lite.cli.run import HOME, library_beside
+    from spa_lite.stages import longest as longest_in
+
+    for path, source in sources.items():
+        print(f"{path:<34} {recipe.get(path)!s:<24} {render.safe(source)}")
+    raw = _records(recipe)
+    models = prepare.models_of(recipe, outline)
+    used = models.backend.description
+    data = _encoded(recipe, models, raw)
+    longest = longest_in(recipe, data) if data else None
+    _show_model(models, used)
+    if models.backend.shape:
+        recipe = _show_memory(recipe, models, models.backend.shape, used, longest)
+        if recipe.inputs.model:
+            _show_elsewhere(recipe, models.backend.shape, longest)
+    folder = out or (HOME / prepare.run_name(recipe, models, data) if data and _has_weights(models) else None)
+    planned, library = _planned(recipe, models, data, folder), library_beside(folder or HOME / "x")
+    _show_stages(recipe, planned, library, models.backend.shape, raw, longest, folder)
+
+
+def _records(recipe: Recipe) -> Raw | None:
+    """The records of the run; None if no file is named yet, so that a model can be looked at before there are any."""
+    from spa_lite import prepare
+
+    i = recipe.inputs
+    if i.model and not (i.seed_pairs or i.prompts or i.no_seed_pairs):
+        render.note("no data were named, so lengths are the recipe's limits (give --seed-pairs and --prompts)")
+        return None
+    return prepare.read(recipe)
+
+
+def _encoded(recipe: Recipe, models: Models, raw: Raw | None) -> Data | None:
+    from spa_lite import prepare
+
+    if raw is None:
+        return None
+    try:
+        data = prepare.encode_all(raw, models.backend, recipe)
+    except ModelError as error:
+        render.note(f"lengths are the recipe's limits: {error}")
+        return None
+    for line in data.notes:
+        render.note(line)
+    return data
+
+
+def _has_weights(models: Models) -> bool:
+    try:
+        return bool(models.fingerprint)
+    except ModelError:
+        return False
+
+
+def _planned(recipe: Recipe, models: Models, data: Data | None, folder: Path | None) -> list[Planned] | None:
+    """The stages of the run; None where nothing can be looked up, because there is no fingerprint without weights."""
+    from spa_lite.cli.run import library_beside
+    from spa_lite.plan import plan
+
+    if data is None or folder is None or not _has_weights(models):
+        return None
+    return plan(models, recipe, data, folder, library_beside(folder), set())
+
+
+def _show_model(models: Models, used: dict[str, Any]) -> None:
+    parts = [str(used[name]) for name in ("architecture", "device", "dtype") if used.get(name)]
+    size = [f"{used['bits']} bits", f"{used['parameters'] / 1e6:,.1f} M parameters"]
+    print("\nmodel: " + render.safe(", ".join([models.backend.name, *parts, *size])))
+
+
+def _show_memory(recipe: Recipe, models: Models, shape: Shape, used: dict[str, Any], longest: Longest | None) -> Recipe:
+    """The memory of each kind of stage; returns the recipe with the micro-batch that would be chosen."""
+    from spa_lite.estimate import memory, micro_batch
+
+    way: dict[str, Any] = {"backend": models.backend.name} | {name: used[name] for name in ("device", "dtype", "bits")}
+    free = models.backend.free_memory()
+    if recipe.batching.micro is None:
+        micro = micro_batch(shape, recipe, free, **way, longest=longest) if free else 1
+        recipe = replace(recipe, batching=replace(recipe.batching, micro=micro))
+    found = memory(shape, recipe, **way, longest=longest)
+    table = Table(title="memory, estimated, GB", title_justify="left", caption_justify="left")
+    table.caption = _verdict(found, free, recipe)
+    rows = _parts(found)
+    for name in ("stage", *rows[0][1], "peak"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for stage, parts in rows:
+        sizes = [f"{size / GB:.2f}" if size else "-" for size in parts.values()]
+        table.add_row(stage, *sizes, f"{found.stages[stage] / GB:.2f}")
+    render.show(table)
+    return recipe
+
+
+ELSEWHERE = {
+    "CUDA, bfloat16": ("torch", "cuda", 16),
+    "CUDA, 4 bits": ("torch", "cuda", 4),
+    "Apple GPU, bfloat16": ("mlx", "gpu", 16),
+    "Apple GPU, 4 bits": ("mlx", "gpu", 4),
+}
+"""Other ways to run the same model: name -> backend, device, bits."""
+
+
+def _show_elsewhere(recipe: Recipe, shape: Shape, longest: Longest | None) -> None:
+    """What the same run would take on a GPU, for whoever has one to choose. By formula: no GPU was measured."""
+    from spa_lite.estimate import memory
+
+    table = Table(title="the same on a GPU (formula only, not measured), peak in GB", title_justify="left")
+    for name in ("", "train", "sample", "judge"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, (backend, device, bits) in ELSEWHERE.items():
+        found = memory(shape, recipe, backend=backend, device=device, dtype="bfloat16", bits=bits, longest=longest)
+        table.add_row(name, *[f"{size / GB:.2f}" for size in found.stages.values()])
+    render.show(table)
+
+
+def _parts(found: Memory) -> list[tuple[str, dict[str, int]]]:
+    """What fills the memory of each kind of stage."""
+    shared = {"runtime": found.runtime, "base": found.base, "adapters": found.adapters}
+    empty = dict.fromkeys(("optimizer", "activations", "logits", "KV cache", "decoding", "scoring"), 0)
+    training = {"optimizer": found.optimizer, "activations": found.activations, "logits": found.logits}
+    sampling = {"KV cache": found.cache, "decoding": found.decoding}
+    own = {"train": training, "sample": sampling, "judge": {"scoring": found.scoring}}
+    return [(stage, shared | empty | parts) for stage, parts in own.items()]
+
+
+def _verdict(found: Memory, free: int | None, recipe: Recipe) -> str:
+    b = recipe.batching
+    sizes = f"micro-batch {b.micro}, sample batch {b.sample}, score batch {b.score}"
+    if free is None:
+        return sizes
+    fits = "fits" if found.peak <= free else "DOES NOT FIT: lower these, or --load-in-4bit"
+    return f"{sizes}; {free / GB:.1f} GB are free: {fits}"
+
+
+def _show_stages(
+    recipe: Recipe,
+    planned: list[Planned] | None,
+    library: Library,
+    shape: Shape | None,
+    raw: Raw | None,
+    longest: Longest | None,
+    folder: Path | None,
+) -> None:
+    """A line per stage with what it would take: as measured before, else by arithmetic."""
+    if planned:
+        states = {
+            "done": "finished",
+            "reuse": "from another run",
+            "shared": "from another run",
+            "compute": "to compute",
+        }
+        table = Table(title=f"stages of {render.safe(str(folder))}", title_justify="left")
+        for name in ("stage", "state", "prompts or pairs", "time"):
+            table.add_column(name, justify="right" if name in {"prompts or pairs", "time"} else "left")
+        for stage in planned:
+            time = render.duration(stage.seconds(library)) if stage.state == "compute" else ""
+            table.add_row(stage.stage.title, states[stage.state], str(stage.stage.size), time or "-")
+        render.show(table)
+        parts = [stage.seconds(library) for stage in planned]
+        if None not in parts:
+            total = sum(part for part in parts if part is not None)
+            print(f"time: about {render.duration(total)}, from stages measured here before")
+            return
+    elif planned is None:
+        render.note("nothing was looked up: without weights or data a stage has no key, so all are taken to be new")
+    if shape is not None and raw is not None:
+        _show_arithmetic(recipe, shape, raw, longest)
+
+
+def _show_arithmetic(recipe: Recipe, shape: Shape, raw: Raw, longest: Longest | None) -> None:
+    from spa_lite.estimate import cpu_speed, seconds, work
+
+    held_out = min(len(raw.held_out_pairs), recipe.measure.pairs)
+    found = work(shape, recipe, len(raw.prompts), len(raw.seed_pairs), held_out, longest=longest)
+    speed = cpu_speed()
+    times = {kind: seconds(some, speed) for kind, some in found.items()}
+    parts = ", ".join(f"{kind} {render.duration(time)}" for kind, time in times.items() if time >= 1)
+    print(
+        f"time on this CPU: about {render.duration(sum(times.values()))} ({parts}); from {speed.flop / GB:.0f} GFLOP/s "
+        "measured now, good to a factor of two or so, and with texts as long as the longest; not for a GPU"
+    )
