@@ -12,6 +12,9 @@ ARGS ?=
 OPENBLAS = $(wildcard /usr/lib/$(shell uname -m)-linux-gnu/openblas-pthread/libopenblas.so.0)
 PRELOAD = $(if $(OPENBLAS),OPENBLAS_NUM_THREADS=$${OPENBLAS_NUM_THREADS:-1} LD_PRELOAD=$(OPENBLAS)$${LD_PRELOAD:+:$$LD_PRELOAD} )
 
+# A process per core, the tests of a file in one of them: what a file makes for all its tests is made once.
+PARALLEL = --numprocesses logical --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help run test test-long lint fix bench clean
 
@@ -22,10 +25,10 @@ run: $(VENV)/run.stamp ## the built-in lesson, from seed pairs to report
 	$(VENV)/bin/spa-lite run $(ARGS)
 
 test: $(VENV)/dev.stamp ## the tests that take seconds
-	$(PRELOAD)$(VENV)/bin/python -m pytest -m "not long" $(ARGS)
+	$(PRELOAD)$(VENV)/bin/python -m pytest $(PARALLEL) -m "not long" $(ARGS)
 
 test-long: $(VENV)/dev.stamp ## the tests that take minutes
-	$(PRELOAD)$(VENV)/bin/python -m pytest -m long $(ARGS)
+	$(PRELOAD)$(VENV)/bin/python -m pytest $(PARALLEL) -m long $(ARGS)
 
 lint: $(VENV)/dev.stamp ## style, format and types
 	$(VENV)/bin/ruff check .

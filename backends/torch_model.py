@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import inspect
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ from spa_lite.backends.model_folder import (
 from spa_lite.backends.quiet import quiet
 from spa_lite.errors import BackendError, BackendMissing, ModelError
 
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -125,6 +128,17 @@ def free_memory(device: torch.device) -> int:
     if device.type == "mps":
         return max(0, int(torch.mps.recommended_max_memory()) - int(torch.mps.current_allocated_memory()))
     return memory.free()
+
+
+def trim_heap(device: torch.device) -> None:
+    """Give the unused pages of glibc's heap back to the system, if `device` is the CPU and glibc is there.
+
+    They are taken again when next needed. Twice per micro-batch that added 10 % to the CPU time of training a Llama of
+    30 M parameters, and 1 % at 135 M, whose peak fell by a third.
+    """
+    trim = getattr(LIBC, "malloc_trim", None)
+    if device.type == "cpu" and trim is not None:
+        trim(0)
 
 
 def _no_dropout(config: Any) -> None:

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spa_lite.backend import POLICY, PREVIOUS, Batch, Batching, Floats, Objective, Optimizer, Outcome, StepStats
 from spa_lite.backends.packing import Packed, micro_batches, pack, step_stats
-from spa_lite.backends.torch_model import Net
+from spa_lite.backends.torch_model import Net, trim_heap
 from spa_lite.backends.torch_scoring import (
     extrapolated_logprobs,
     response_states,
@@ -61,7 +61,7 @@ class Training:
         try:
             with layers_checkpointed(self.net.model, batching.gradient_checkpointing):
                 parts = [
-                    self._accumulate(some, known, objective, len(rows))
+                    self._accumulate(some, known, objective, len(rows), batching.gradient_checkpointing)
                     for some, known in micro_batches(rows, reference, batching.micro)
                 ]
             norm = self._clip()
@@ -88,15 +88,14 @@ class Training:
             raise
 
     def _accumulate(
-        self, rows: Sequence[Row], known: Floats | None, objective: Objective, total: int
+        self, rows: Sequence[Row], known: Floats | None, objective: Objective, total: int, checkpointed: bool
     ) -> tuple[Batch, Outcome]:
         """Forward and backward of one micro-batch. The policy's graph is built last and used at once."""
         net, packed = self.net, pack(rows)
         targets, strength = net.tensor(packed.targets), objective.extrapolation
         with_reference = strength > 0 or (objective.reference and known is None)
         reference_states = self._states(packed, PREVIOUS) if with_reference else None
-        self.enter(POLICY)
-        states = response_states(net, packed)
+        states = self._policy_states(packed, checkpointed)
         logp = token_logprobs(net, states, targets)
         reference = known if objective.reference and known is not None else np.zeros(0)
         extrapolated = np.zeros(0)
@@ -111,6 +110,16 @@ class Training:
             weight = net.tensor(outcome.coefficients[packed.owner] / total, torch.float32)
             (logp * weight).sum().backward()  # type: ignore[no-untyped-call]
         return batch, outcome
+
+    def _policy_states(self, packed: Packed, checkpointed: bool) -> Tensor:
+        """With gradients. Checkpointed layers leave a heap in pieces: each keeps an array between the holes it made."""
+        self.enter(POLICY)
+        if checkpointed:
+            trim_heap(self.net.device)
+        states = response_states(self.net, packed)
+        if checkpointed:
+            trim_heap(self.net.device)
+        return states
 
     @torch.no_grad()
     def _states(self, packed: Packed, role: str) -> Tensor:

@@ -60,10 +60,11 @@ def main() -> None:
 def whole_run(name: str, folder: Path, settings: Sequence[str]) -> dict[str, float]:
     """Run the lesson on a backend, or find it finished; seconds per stage as the run recorded them."""
     command = [sys.executable, "-m", "spa_lite.cli", "run", "--backend", name, "--out", str(folder), *settings]
+    # --fresh is not given: a second call finds the run finished. Nothing else is at hand that it could share.
     start = time.monotonic()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     stages = json.loads((folder / "timings.json").read_text())
-    total = sum(value for kinds in stages.values() for value in kinds.values())
+    total = sum(spent["seconds"] for kinds in stages.values() for spent in kinds.values())
     return {"stages": round(total, 1), "this call": round(time.monotonic() - start, 1)}
 
 
@@ -152,7 +153,7 @@ def same_lesson(folder: Path) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"stage": torch["stage"]}
         files = [folder / name / torch["folder"] for name in NAMES]
         if (files[0] / "samples.jsonl").exists():
-            samples = [read_samples(path / "samples.jsonl") for path in files]
+            samples = [list(read_samples(path / "samples.jsonl")) for path in files]
             pairs = list(zip(*samples, strict=True))
             row["answers"] = sum(len(a.completions) for a, _ in pairs)
             row["texts equal"] = sum(

@@ -58,8 +58,9 @@ def ablate(
     from spa_lite import ablate as studies
     from spa_lite import backends
     from spa_lite.cli import render, trackers
+    from spa_lite.cli.compare import comparison_tables, markdown
     from spa_lite.compare import write_results
-    from spa_lite.files import write_json
+    from spa_lite.files import write_atomic, write_json
 
     if study == "list":
         for name, path in studies.shipped().items():
@@ -85,15 +86,14 @@ def ablate(
     write_json(folder / "study.json", {**about, "cells": {cell.name: cell.changes for cell in asked.cells}})
     outcomes, spent = _run(jobs, schedule, shelf, library, folder, base)
     comparison = write_results(folder, outcomes, asked.cells[0].name, {**about, "cost": spent.to_dict()})
+    write_atomic(folder / "results.md", markdown(comparison).encode())
     if as_json:
         print((folder / "results.json").read_text(encoding="utf-8"), end="")
         return
-    from spa_lite.cli.compare import comparison_tables
-
     for table in comparison_tables(comparison):
         render.show(table)
     _say_cost(spent)
-    render.note(f"results: {folder / 'results.csv'}, results.json, plots beside them")
+    render.note(f"results: {folder / 'results.csv'}, results.json, results.md and plots beside it")
     if all(outcome.rows is None for outcome in outcomes):
         raise typer.Exit(1)
 
@@ -131,10 +131,12 @@ def _what(
 
 def _name(base: Recipe, varied: Sequence[str]) -> str:
     """8 hex of what the study is about: the same command with another value goes to the same folder."""
+    from spa_lite.prepare import what_matters
     from spa_lite.recipe import settings_of
     from spa_lite.store import digest
 
-    fixed = {p: v for p, v in settings_of(base).items() if p not in varied and not p.startswith("batching.")}
+    named = {p: v for p, v in settings_of(base).items() if p.startswith(("inputs.", "lesson.", "round_sizes"))}
+    fixed = {p: v for p, v in (what_matters(base) | named).items() if p not in varied}
     return digest([fixed, list(varied)])[:8]
 
 

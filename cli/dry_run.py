@@ -155,7 +155,9 @@ def _verdict(found: Memory, free: int | None, recipe: Recipe) -> str:
     sizes = f"micro-batch {b.micro}, sample batch {b.sample}, score batch {b.score}"
     if free is None:
         return sizes
-    fits = "fits" if found.peak <= free else "DOES NOT FIT: lower these, or --load-in-4bit"
+    fits = "it fits" if found.peak <= free else "IT DOES NOT FIT: lower these, or take a shorter --max-seq-length"
+    if found.fixed > free:
+        fits = "THE WEIGHTS ALONE DO NOT FIT: take a smaller model, or fewer bits on a GPU (below)"
     return f"{sizes}; {free / GB:.1f} GB are free: {fits}"
 
 

@@ -39,7 +39,7 @@ def _root(
 
 
 def main() -> None:
-    """Run a command; explain a failure in one sentence. Exit codes: 1 failure, 2 usage, 130 interrupted."""
+    """Run a command; explain a failure in one sentence. Exit codes: 1 failure, 2 usage, 130 Ctrl-C, 143 SIGTERM."""
     from spa_lite.cli import commands  # noqa: F401 - registers the commands
     from spa_lite.cli.render import fail, note
     from spa_lite.interrupt import EXIT_CODES, raised

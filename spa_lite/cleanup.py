@@ -38,11 +38,12 @@ from spa_lite.library import Book, numerics
 from spa_lite.store import HEAD
 
 PLOTS = ("cells", "grid", "rounds")
+TRACKED = ("tensorboard", "wandb", "trackio", "tracker-id")
 WRITTEN = {
-    "run": ("init", "rounds", "adapter", "summary.json", "timings.json", "batching.json", "recipe.yaml", "tensorboard",
-            "wandb", "trackio", ".writable", ".*.tmp", lock.NAME, HEAD),
-    "study": ("cells", "results.csv", "results.json", *(f"{name}.{kind}" for name in PLOTS for kind in ("svg", "png")),
-              ".*.tmp", lock.NAME, STUDY),
+    "run": ("init", "rounds", "adapter", "summary.json", "timings.json", "batching.json", "recipe.yaml",
+            *TRACKED, ".writable", ".*.tmp", lock.NAME, HEAD),
+    "study": ("cells", "results.csv", "results.json", "results.md",
+              *(f"{name}.{kind}" for name in PLOTS for kind in ("svg", "png")), *TRACKED, ".*.tmp", lock.NAME, STUDY),
 }  # fmt: skip
 """What spa-lite writes into a folder, in the order it is removed: what makes it a run or a study goes last."""
 YOUNG = 24 * 3600.0

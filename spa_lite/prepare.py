@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from spa_lite import data, encode
 from spa_lite.backend import Backend, ModelSettings
@@ -13,7 +13,7 @@ from spa_lite.errors import DataError, RecipeError
 from spa_lite.evaluate import GoldRule
 from spa_lite.fit import batching_of
 from spa_lite.models import Models
-from spa_lite.recipe import Recipe, settings_of
+from spa_lite.recipe import SETTINGS, Recipe, settings_of
 from spa_lite.records import Ids, Pair, Prompt, Row
 from spa_lite.stages import Data, folder_digest
 from spa_lite.store import digest
@@ -200,9 +200,15 @@ def encode_all(raw: Raw, backend: Backend, recipe: Recipe) -> Data:
     )
 
 
+def what_matters(recipe: Recipe) -> dict[str, Any]:
+    """The settings that a result depends on, apart from the data."""
+    values = settings_of(recipe)
+    return {s.path: values[s.path] for s in SETTINGS.values() if s.stages} | {"rounds": recipe.rounds}
+
+
 def run_name(recipe: Recipe, models: Models, data: Data) -> str:
     """`<recipe>-<8 hex>`: a digest of all settings that matter to a result and of everything that is read."""
-    settings = {p: v for p, v in settings_of(recipe).items() if not p.startswith(("inputs.", "batching."))}
+    settings = what_matters(recipe)
     read = [
         [row for _, row in data.seed_pairs],
         [[ids for _, ids in share] for share in data.rounds],

@@ -7,7 +7,7 @@ came out. A policy is named by the stage that made it, so a key never depends on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from contextlib import nullcontext as alone
 from dataclasses import dataclass, field
@@ -93,13 +93,12 @@ class Workshop:
 
         def work(part: Path) -> dict[str, Any]:
             backend = self._bind(policy.adapter)
-            answers = self._answers(backend, part / "samples.jsonl", prompts, i, f"round {i} sample")
-            completions = [c for answer in answers for c in answer.completions]
-            return {
-                "prompts": len(prompts),
-                "tokens": sum(len(c.ids) for c in completions),
-                "capped": sum(c.ended == "cap" for c in completions),
-            }
+            self._answer(backend, part / "samples.jsonl", prompts, i, f"round {i} sample")
+            tokens = capped = 0
+            for answer in read_samples(part / "samples.jsonl"):
+                tokens += sum(len(c.ids) for c in answer.completions)
+                capped += sum(c.ended == "cap" for c in answer.completions)
+            return {"prompts": len(prompts), "tokens": tokens, "capped": capped}
 
         inputs = {"policy": policy.key, "prompts": digest(prompts), "round": str(i)}
         return self._once(self._stage(f"rounds/{i}", "sample", ("samples.jsonl",), inputs, len(prompts)), work)
@@ -111,7 +110,7 @@ class Workshop:
 
         def work(part: Path) -> dict[str, Any]:
             self._bind(policy.adapter, lagged)
-            pile = read_samples(self.run.path(samples, "samples.jsonl"))
+            pile = list(read_samples(self.run.path(samples, "samples.jsonl")))
             rows = rows_of(pile)
             own = self._sums(part / "policy.jsonl", rows, lambda tick: alone(self.models.scorer(POLICY, tick)), name)
             other = self._sums(part / "reference.jsonl", rows, reference, f"{name} reference")
@@ -188,7 +187,8 @@ class Workshop:
         """One answer per held-out prompt (same keys for every policy), its gold, and the win rate against pi_init."""
         rule = self.data.gold
         assert rule is not None
-        answers = self._answers(backend, part / "answers.jsonl", self.data.held_out_prompts, 0, name, n=1)
+        self._answer(backend, part / "answers.jsonl", self.data.held_out_prompts, 0, name, n=1)
+        answers = list(read_samples(part / "answers.jsonl"))
         means, scores = evaluate.gold_means(answers, rule)
         found: dict[str, Any] = {"gold": means, "length": _mean([len(a.completions[0].ids) for a in answers])}
         if baseline is not None:
@@ -201,7 +201,7 @@ class Workshop:
         path = self.run.folder / "init" / "answers.jsonl"
         if self.data.gold is None or not path.exists():
             return None
-        return evaluate.gold_means(read_samples(path), self.data.gold)[1]
+        return evaluate.gold_means(list(read_samples(path)), self.data.gold)[1]
 
     def _pair_measures(self, who: Policy, part: Path, name: str) -> dict[str, Any]:
         """How often the policy's implicit reward prefers the human's choice on held-out pairs."""
@@ -258,16 +258,13 @@ class Workshop:
         t = self.recipe.train
         return Checkpoints(part, t.save_every, t.save_minutes, lambda note: self.report(Event(name, note=note)))
 
-    def _answers(
+    def _answer(
         self, backend: Backend, path: Path, prompts: Sequence[Encoded], i: int, name: str, n: int | None = None
-    ) -> list[Sample]:
-        """All samples of the prompts; those that a journal at `path` holds are not computed again."""
+    ) -> None:
+        """Write all samples of the prompts to a journal at `path`; those that it holds are not computed again."""
         journal = Marked(path)
-        known = [msgspec.json.decode(line, type=Sample) for line in journal.kept]
-        for chunk in sample(backend, prompts, self.recipe, i, self.report, name, n, skip=len(known)):
+        for chunk in sample(backend, prompts, self.recipe, i, self.report, name, n, skip=len(journal.kept)):
             journal.append(chunk)
-            known += chunk
-        return known
 
     def _sums(
         self, path: Path, rows: Sequence[Row], scorer: Callable[[Tick], AbstractContextManager[Scorer]], name: str
@@ -367,9 +364,9 @@ def folder_digest(folder: Path | None) -> str | None:
     )
 
 
-def read_samples(path: Path) -> list[Sample]:
-    """Samples of a round."""
-    return [msgspec.json.decode(line, type=Sample) for line in lines_of(path)]
+def read_samples(path: Path) -> Iterator[Sample]:
+    """Samples of a round, one at a time: those of a large round fill much memory."""
+    return (msgspec.json.decode(line, type=Sample) for line in lines_of(path))
 
 
 def read_judgements(path: Path) -> list[Judgement]:

@@ -113,7 +113,7 @@ def train(
     if at.step:
         objective.remember(at.objective)
         report(Event(stage, at.step, plan.steps, "steps", f"going on after step {at.step}"))
-    with deferred(lambda: report(Event(stage, note="stopping after this step; Ctrl-C again stops at once"))) as stopped:
+    with deferred(lambda: report(Event(stage, note="stopping after this step; once more stops at once"))) as stopped:
         for epoch, batch in islice(batches(pairs, plan, recipe, stage, round_), at.step, plan.steps):
             sizes = backend.batching
             rate = learning_rate(at.step, plan, recipe)

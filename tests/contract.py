@@ -356,6 +356,27 @@ class Numerics:
             assert flat == pytest.approx(results[0][2], abs=10 * subject.tolerance)
             assert after == pytest.approx(results[0][3], abs=20 * subject.tolerance)
 
+    def test_known_reference_sums_take_the_place_of_a_pass(self, subject: Subject) -> None:
+        """They are used as they are, micro-batch by micro-batch, unless the objective extrapolates."""
+        found = []
+        for given in ("none", "right", "wrong"):
+            backend = subject.moved(micro=3)
+            rows = pairs(backend, 5)
+            right = sums(backend, rows, PREVIOUS)
+            known = {"none": None, "right": right, "wrong": right + np.arange(len(right))}[given]
+            objective = Linear([0.1, -0.1] * 5)
+            stats = backend.dpo_step(rows, objective, subject.rate, known)
+            seen = np.concatenate([batch.reference for batch in objective.seen])
+            assert seen == pytest.approx(right if known is None else known, abs=20 * subject.tolerance)
+            assert stats.reference == pytest.approx(seen)
+            found.append((stats.loss, sums(backend, rows)))
+        assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
+        assert found[0][1] == pytest.approx(found[1][1], abs=20 * subject.tolerance)
+        backend = subject.moved()
+        mixed = Mixed(0.5)
+        backend.dpo_step(rows, mixed, subject.rate, known)
+        assert mixed.seen[0].reference == pytest.approx(right, abs=20 * subject.tolerance)
+
     def test_padding_changes_no_gradient(self, subject: Subject) -> None:
         norms = []
         for company in (False, True):
@@ -380,6 +401,8 @@ class Numerics:
         files = sorted(path.name for path in (tmp_path / "one").iterdir())
         assert "optimizer.safetensors" in files
         assert not (tmp_path / "previous" / "optimizer.safetensors").exists()
+        backend.save(tmp_path / "alone", optimizer=False)
+        assert not (tmp_path / "alone" / "optimizer.safetensors").exists()
         for name in files:
             assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
         for _ in range(2):

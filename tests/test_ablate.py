@@ -291,6 +291,7 @@ def test_the_command(words: list[str], tmp_path: Path, capfd: pytest.CaptureFixt
     assert "cell 4 of 4" in err
     (folder,) = (tmp_path / "runs").iterdir()
     kept = {p.name for p in folder.iterdir()}
+    assert "| judge.by=random |" in (folder / "results.md").read_text()
     assert {"study.json", "results.csv", "results.json", "cells.svg", "cells.png", "rounds.png", "cells"} <= kept
     assert len((folder / "results.csv").read_text().splitlines()) == 5
     code, out, err = call(capfd, [*vary, "--json"])

@@ -74,6 +74,8 @@ def test_a_changed_setting_gets_a_new_folder(here: Path, capfd: pytest.CaptureFi
     call(capfd, *RUN)
     call(capfd, *RUN, "--beta", "0.2")
     assert len(list((here / "runs").iterdir())) == 2
+    call(capfd, *RUN, "--save-every", "3", "--score-batch", "2")  # what changes no result names no folder
+    assert len(list((here / "runs").iterdir())) == 2
     call(capfd, *RUN, "--out", "mine")
     code, _, err = call(capfd, *RUN, "--out", "mine", "--beta", "0.2")
     assert code == 1
@@ -110,7 +112,7 @@ def test_dry_run_shows_where_each_value_comes_from(here: Path, capfd: pytest.Cap
     """And does nothing."""
     code, out, _ = call(capfd, *RUN, "--dry-run", "--scale", "laptop")
     assert code == 0
-    rows = {line.split()[0]: line for line in out.splitlines()}
+    rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
     assert rows["rounds"].endswith("command line")
     assert rows["lora.rank"].endswith("scale laptop")
     assert rows["loss.beta"].endswith("default")
@@ -290,6 +292,18 @@ def newest(here: Path) -> str:
     """Name of the run that has a name of its own."""
     (name,) = [p.name for p in (here / "runs").iterdir() if p.name.startswith("spa-")]
     return name
+
+
+def test_two_processes_started_at_once(here: Path) -> None:
+    """One does the run, the other is told so; nothing is mixed up."""
+    words = [*RUN, "--set", "seed_dpo.epochs=80", "--out", "mine"]
+    with spawn(words, cwd=here) as one, spawn(words, cwd=here) as other:
+        said = [process.communicate()[1] for process in (one, other)]
+    codes = [one.returncode, other.returncode]
+    assert sorted(codes) == [0, 1], said
+    winner, loser = (one, other) if codes[0] == 0 else (other, one)
+    assert f"mine is in use by process {winner.pid}" in said[0 if loser is one else 1]
+    assert (here / "mine/summary.json").exists()
 
 
 def test_a_run_in_use_is_left_alone(here: Path, capfd: pytest.CaptureFixture[str]) -> None:

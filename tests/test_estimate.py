@@ -140,6 +140,28 @@ def test_more_of_anything_takes_more(where: dict[str, Any]) -> None:
     assert adapter.adapters == 1.5 * base.adapters
 
 
+LAYERS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "vocabulary", "tied", "checkpointed", "measured"),
+    [
+        ((30, 576, 9, 3, 1536), 49152, True, True, 1577),  # the peak is a forward of many layers
+        ((16, 512, 8, 2, 1408), 100000, True, True, 1418),  # logits (a Qwen2 of this shape)
+        ((11, 640, 10, 5, 1792), 32000, False, True, 1285),  # gradients
+        ((11, 640, 10, 5, 1792), 32000, False, False, 1917),  # what is kept for them
+    ],
+)
+def test_a_training_step_takes_what_was_measured(
+    sizes: tuple[int, ...], vocabulary: int, tied: bool, checkpointed: bool, measured: int
+) -> None:
+    config = LLAMA_8B | dict(zip(LAYERS, sizes, strict=True))
+    shape = shape_of(config | {"vocab_size": vocabulary, "tie_word_embeddings": tied})
+    lengths = {"lengths.max_prompt_length": 128, "lengths.max_length": 192, "sampling.max_tokens": 64}
+    recipe = laptop(**lengths, **{"batching.micro": 2, "batching.gradient_checkpointing": checkpointed})
+    assert memory(shape, recipe, **TORCH).stages["train"] / 2**20 == pytest.approx(measured, rel=0.15)
+
+
 def test_lengths_end_at_the_context() -> None:
     shape = replace(shape_of(LLAMA_8B), context=600)
     assert longest_of(laptop(), shape) == Longest(512, 88, 600)

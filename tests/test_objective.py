@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -413,3 +414,33 @@ def test_more_than_two_responses_are_refused() -> None:
     rows = np.zeros(3, dtype=np.int64)
     with pytest.raises(RecipeError, match="two responses"):
         Dpo()(Batch(np.zeros(3), np.zeros(3), np.zeros(0), np.ones(3, dtype=np.int64), rows))
+
+
+@pytest.mark.parametrize("rule", ["paper", "official"])
+def test_what_an_objective_remembers_is_all_there_is(rule: Any) -> None:
+    """Between two steps: an objective that goes back to it decides as if it had never been away."""
+
+    def objective() -> Refined:
+        return Refined(0.1, 0.3, 0.0, Window(rule, 0.3, 4, "zero"), 0.2, 10)
+
+    rng = np.random.default_rng(0)
+    batches = [batch_of(*rng.normal(size=(2, 6))) for _ in range(6)]
+    whole, first = objective(), objective()
+    for batch in batches[:3]:
+        for one in (whole, first):
+            one(batch)
+            one.end_step()
+    memory = msgspec.json.decode(msgspec.json.encode(first.memory))
+    first(batches[5])  # a step that was broken off, and is forgotten
+    for again in (first, objective()):
+        again.remember(memory)
+        assert again.memory == memory
+    again = objective()
+    again.remember(memory)
+    for batch in batches[3:]:
+        expected, found = whole(batch), again(batch)
+        assert (found.coefficients == expected.coefficients).all()
+        assert np.array_equal(found.metrics["tau"], expected.metrics["tau"], equal_nan=True)
+        whole.end_step()
+        again.end_step()
+    assert expected.metrics["noisy"].any()

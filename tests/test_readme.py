@@ -224,7 +224,7 @@ def shown(value: Any) -> str:
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if isinstance(value, list):
-        return f"`{','.join(map(str, value))}`"
+        return f"`{','.join(map(str, value))}`" if value else "none"
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 

@@ -19,13 +19,16 @@ pytest.importorskip("peft")
 
 from spa_lite import keys
 from spa_lite.backend import INIT, POLICY, PREVIOUS, Batching, Lora, ModelSettings, Optimizer, Sampling
-from spa_lite.backends import torch_cache, torch_sampling, torch_scoring
+from spa_lite.backends import load, torch_cache, torch_sampling, torch_scoring
 from spa_lite.backends.quiet import quiet
 from spa_lite.backends.torch import TorchBackend
 from spa_lite.errors import BackendError, ModelError
 from spa_lite.objective import Dpo
 from spa_lite.records import Row
+from spa_lite.stages import read_judgements
 from tests.contract import LORA, OPTIMIZER, Mixed, draw, names, pairs, prompts, score, sums, texts
+from tests.crash import recipe_of
+from tests.small import run_small
 from tests.tiny import make_model
 
 
@@ -486,3 +489,18 @@ def test_gpu_four_bit_trains(folder: Path) -> None:
     losses = [backend.dpo_step(pairs(backend), Mixed(0.5), 1e-2).loss for _ in range(4)]
     assert losses[0] == pytest.approx(np.log(2), abs=1e-3)
     assert losses[-1] < losses[0]
+
+
+def test_a_whole_other_model_may_be_pi_init(tmp_path: Path) -> None:
+    """The no-seed study with real models: two of one tokenizer, one in memory at a time."""
+    for name, seed in (("policy", 0), ("other", 1)):
+        make_model(tmp_path / name, seed=seed)
+    asked = {"inputs.no_seed_pairs": True, "inputs.seed_pairs": None, "inputs.init_model": str(tmp_path / "other")}
+    recipe = recipe_of(f"torch:{tmp_path / 'policy'}", tmp_path, asked)
+    run_small(tmp_path / "run", recipe)
+    judged = read_judgements(tmp_path / "run/rounds/1/judgements.jsonl")
+    other = load("torch", ModelSettings(str(tmp_path / "other"), device="cpu"))
+    for j in judged[:4]:
+        ((_, scores),) = other.logprob([j.row], INIT)
+        assert scores[0].logp == pytest.approx(j.chosen.reference, abs=1e-3)
+        assert abs(j.chosen.policy - j.chosen.reference) > 1e-3
