@@ -61,6 +61,7 @@ def ablate(
     from spa_lite.cli.compare import comparison_tables, markdown
     from spa_lite.compare import write_results
     from spa_lite.files import write_atomic, write_json
+    from spa_lite.lock import locked
 
     if study == "list":
         for name, path in studies.shipped().items():
@@ -77,16 +78,17 @@ def ablate(
     if dry_run:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    about = {
-        "name": asked.name,
-        "question": asked.question,
-        "seeds": [base.seed + i for i in range(seeds)],
-        "given": {path: base.get(path) for cell in asked.cells for path in cell.changes},
-    }
-    write_json(folder / "study.json", {**about, "cells": {cell.name: cell.changes for cell in asked.cells}})
-    outcomes, spent = _run(jobs, schedule, shelf, library, folder, base)
-    comparison = write_results(folder, outcomes, asked.cells[0].name, {**about, "cost": spent.to_dict()})
-    write_atomic(folder / "results.md", markdown(comparison).encode())
+    with locked(folder):
+        about = {
+            "name": asked.name,
+            "question": asked.question,
+            "seeds": [base.seed + i for i in range(seeds)],
+            "given": {path: base.get(path) for cell in asked.cells for path in cell.changes},
+        }
+        write_json(folder / "study.json", {**about, "cells": {cell.name: cell.changes for cell in asked.cells}})
+        outcomes, spent = _run(jobs, schedule, shelf, library, folder, base)
+        comparison = write_results(folder, outcomes, asked.cells[0].name, {**about, "cost": spent.to_dict()})
+        write_atomic(folder / "results.md", markdown(comparison).encode())
     if as_json:
         print((folder / "results.json").read_text(encoding="utf-8"), end="")
         return

@@ -65,3 +65,8 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output went away: nothing to explain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # a full disk, a permission, a path that is gone: whatever nobody nearer explained
+        if "--debug" in sys.argv:
+            raise
+        fail(f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}; nothing finished is lost")
+        sys.exit(1)

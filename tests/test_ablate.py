@@ -13,9 +13,10 @@ from spa_lite import ablate, backends
 from spa_lite.ablate import Cell, Job, Shelf, cells_of, jobs_of, parse_vary, schedule, shipped, slug
 from spa_lite.cli import commands  # noqa: F401 - registers the commands
 from spa_lite.cli.main import app
-from spa_lite.errors import RecipeError
+from spa_lite.errors import RecipeError, RunError
 from spa_lite.events import Event
 from spa_lite.library import Library
+from spa_lite.lock import locked
 from spa_lite.recipe import SETTINGS, Recipe, build, load_layer
 from spa_lite.spa import align
 from spa_lite.store import Run
@@ -300,6 +301,14 @@ def test_the_command(words: list[str], tmp_path: Path, capfd: pytest.CaptureFixt
     code, out, err = call(capfd, [*words, "--vary", "judge=implicit,random,longest"])
     assert "6 stages to compute (about" in err
     assert len(list((folder / "cells").iterdir())) == 6
+
+
+def test_a_study_in_use_is_left_alone(words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Two of the same at once would fail each other's cells."""
+    (tmp_path / "mine").mkdir()
+    with locked(tmp_path / "mine"), pytest.raises(RunError, match="mine is in use by process"):
+        call(capfd, [*words, "--vary", "judge=random", "--out", "mine"])
+    assert not (tmp_path / "mine/cells").exists()
 
 
 def test_what_the_command_refuses(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:

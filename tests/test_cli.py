@@ -294,6 +294,18 @@ def newest(here: Path) -> str:
     return name
 
 
+def test_a_path_that_cannot_be_written_is_one_sentence(here: Path) -> None:
+    """Wherever it happens, and with nothing of Python's own words."""
+    (here / "file").write_text("")
+    for words in (["ablate", *RUN[1:], "--vary", "refine.K=0.1", "--out", "file/study"], [*RUN, "--out", "file/run"]):
+        with spawn(words, cwd=here) as process:
+            _, err = process.communicate()
+        assert process.returncode == 1
+        assert "Traceback" not in err
+        assert err.splitlines()[-1].startswith("error: ")
+        assert "file/" in err.splitlines()[-1]
+
+
 def test_two_processes_started_at_once(here: Path) -> None:
     """One does the run, the other is told so; nothing is mixed up."""
     words = [*RUN, "--set", "seed_dpo.epochs=80", "--out", "mine"]
