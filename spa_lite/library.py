@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -123,8 +124,9 @@ def runs_in(root: Path) -> Iterator[Path]:
     """Run folders below a folder of runs that belong to this user: a stranger's results are not taken for one's own."""
     for pattern in RUNS:
         for head in sorted(root.glob(f"{pattern}/run.json")):
-            if not hasattr(os, "getuid") or head.stat().st_uid == os.getuid():
-                yield head.parent
+            with suppress(FileNotFoundError):  # somebody removed it just now
+                if head.stat().st_uid == os.getuid():
+                    yield head.parent
 
 
 def markers_of(run: Path) -> Iterator[Path]:
