@@ -44,7 +44,9 @@ def show(recipe: Recipe, sources: dict[str, str], out: Path | None) -> None:
             _show_elsewhere(recipe, models.backend.shape, longest)
     folder = out or (HOME / prepare.run_name(recipe, models, data) if data and _has_weights(models) else None)
     planned, library = _planned(recipe, models, data, folder), library_beside(folder or HOME / "x")
-    _show_stages(recipe, planned, library, models.backend.shape, raw, longest, folder)
+    _show_stages(planned, library, folder)
+    if not planned or any(stage.seconds(library) is None for stage in planned):
+        _show_arithmetic(recipe, models.backend.shape, raw, longest, str(used["device"]))
 
 
 def _records(recipe: Recipe) -> Raw | None:
@@ -161,50 +163,47 @@ def _verdict(found: Memory, free: int | None, recipe: Recipe) -> str:
     return f"{sizes}; {free / GB:.1f} GB are free: {fits}"
 
 
-def _show_stages(
-    recipe: Recipe,
-    planned: list[Planned] | None,
-    library: Library,
-    shape: Shape | None,
-    raw: Raw | None,
-    longest: Longest | None,
-    folder: Path | None,
-) -> None:
-    """A line per stage with what it would take: as measured before, else by arithmetic."""
-    if planned:
-        states = {
-            "done": "finished",
-            "reuse": "from another run",
-            "shared": "from another run",
-            "compute": "to compute",
-        }
-        table = Table(title=f"stages of {render.safe(str(folder))}", title_justify="left")
-        for name in ("stage", "state", "prompts or pairs", "time"):
-            table.add_column(name, justify="right" if name in {"prompts or pairs", "time"} else "left")
-        for stage in planned:
-            time = render.duration(stage.seconds(library)) if stage.state == "compute" else ""
-            table.add_row(stage.stage.title, states[stage.state], str(stage.stage.size), time or "-")
-        render.show(table)
-        parts = [stage.seconds(library) for stage in planned]
-        if None not in parts:
-            total = sum(part for part in parts if part is not None)
-            print(f"time: about {render.duration(total)}, from stages measured here before")
-            return
-    elif planned is None:
+def _show_stages(planned: list[Planned] | None, library: Library, folder: Path | None) -> None:
+    """A line per stage, with what it would take if stages like it were measured here."""
+    if not planned:
         render.note("nothing was looked up: without weights or data a stage has no key, so all are taken to be new")
-    if shape is not None and raw is not None:
-        _show_arithmetic(recipe, shape, raw, longest)
+        return
+    states = {"done": "finished", "reuse": "from another run", "compute": "to compute"}
+    table = Table(title=f"stages of {render.safe(str(folder))}", title_justify="left")
+    for name in ("stage", "state", "prompts or pairs", "time"):
+        table.add_column(name, justify="right" if name in {"prompts or pairs", "time"} else "left")
+    for stage in planned:
+        time = render.duration(stage.seconds(library)) if stage.state == "compute" else ""
+        table.add_row(stage.stage.title, states[stage.state], str(stage.stage.size), time or "-")
+    render.show(table)
+    parts = [stage.seconds(library) for stage in planned]
+    if None not in parts:
+        total = sum(part for part in parts if part is not None)
+        print(f"time: about {render.duration(total)}, from stages measured here before")
 
 
-def _show_arithmetic(recipe: Recipe, shape: Shape, raw: Raw, longest: Longest | None) -> None:
+def _show_arithmetic(
+    recipe: Recipe, shape: Shape | None, raw: Raw | None, longest: Longest | None, device: str
+) -> None:
+    """Time from the model's arithmetic; without data, for round numbers of them."""
     from spa_lite.estimate import cpu_speed, seconds, work
 
-    held_out = min(len(raw.held_out_pairs), recipe.measure.pairs)
-    found = work(shape, recipe, len(raw.prompts), len(raw.seed_pairs), held_out, longest=longest)
+    if shape is None:
+        return
+    if device != "cpu":
+        print("time: not known for a GPU before stages were measured here; a run with --limit-prompts tells")
+        return
+    prompts, pairs, held_out = (1000, 100, 0)
+    if raw is not None:
+        prompts, pairs = len(raw.prompts), len(raw.seed_pairs)
+        held_out = min(len(raw.held_out_pairs), recipe.measure.pairs)
+    found = work(shape, recipe, prompts, pairs, held_out, longest=longest)
     speed = cpu_speed()
     times = {kind: seconds(some, speed) for kind, some in found.items()}
     parts = ", ".join(f"{kind} {render.duration(time)}" for kind, time in times.items() if time >= 1)
+    total = render.duration(sum(times.values()))
     print(
-        f"time on this CPU: about {render.duration(sum(times.values()))} ({parts}); from {speed.flop / GB:.0f} GFLOP/s "
-        "measured now, good to a factor of two or so, and with texts as long as the longest; not for a GPU"
+        f"time on this CPU for {pairs} pairs and {prompts} prompts: about {total} ({parts}); from "
+        f"{speed.flop / GB:.0f} GFLOP/s measured now, good to a factor of two or so, and with texts as long as the "
+        "longest"
     )

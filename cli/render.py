@@ -198,10 +198,12 @@ def show(table: Table) -> None:
 
 
 def duration(seconds: float | None) -> str:
-    """`45 s`, `12 min`, `3 h 20 min`; nothing for an unknown time."""
+    """`45 s`, `12 min`, `3 h 20 min`, `5 days`; nothing for an unknown time."""
     if seconds is None:
         return ""
     minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 72 * 60 else f"{round(minutes / 1440)} days"

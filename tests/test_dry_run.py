@@ -93,6 +93,7 @@ def test_a_config_is_enough(here: Path, capfd: pytest.CaptureFixture[str]) -> No
     assert "8,030.3 M parameters" in out
     assert "no data were named" in err
     assert "without weights" in err
+    assert "time on this CPU for 100 pairs and 1000 prompts: about" in out
     found = {name: numbers(out, name) for name in ("CUDA, bfloat16", "CUDA, 4 bits", "Apple GPU, 4 bits")}
     assert 16 < min(found["CUDA, bfloat16"]) < max(found["CUDA, bfloat16"]) < 32
     assert 4 < min(found["CUDA, 4 bits"]) < max(found["CUDA, 4 bits"]) < 16
