@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,23 +89,24 @@ def _bars(bars: Progress, keep: bool) -> Report:
 
 
 def _lines(every: float = 5.0) -> Report:
-    started: dict[str, float] = {}
-    last = {"time": 0.0}
+    began: dict[str, tuple[float, int]] = {}  # stage -> when its first unit was begun, and what was done before
+    last = {"event": time.monotonic(), "line": 0.0}
 
     def report(event: Event) -> None:
         if event.note:
-            print(f"{event.stage}: {event.note}", file=sys.stderr, flush=True)
+            note(f"{event.stage}: {event.note}")
+        now, before = time.monotonic(), last["event"]
+        last["event"] = now
         if event.unit == "stage" or not event.total:
             return
-        now = time.monotonic()
-        start = started.setdefault(event.stage, now)
-        if event.done < event.total and now - last["time"] < every:
+        start, skipped = began.setdefault(event.stage, (before, event.done - 1))
+        if event.done < event.total and now - last["line"] < every:
             return
-        last["time"] = now
-        rate = event.done / (now - start) if now > start else 0.0
+        last["line"] = now
+        rate = (event.done - skipped) / (now - start) if now > start else 0.0
         left = (event.total - event.done) / rate if rate else 0.0
         pace = f", {rate:,.1f}/s, {left:,.0f} s left" if rate else ""
-        print(f"{event.stage}: {event.done}/{event.total} {event.unit}{pace}", file=sys.stderr, flush=True)
+        note(f"{event.stage}: {event.done}/{event.total} {event.unit}{pace}")
 
     return report
 

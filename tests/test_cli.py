@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from spa_lite.cli import main as cli
+from spa_lite.cli import render
+from spa_lite.events import Event
 from spa_lite.lock import locked
 from tests.small import lines, results, write_data
 
@@ -366,3 +368,24 @@ def test_no_file_is_written_beside_what_was_asked_for(here: Path, capfd: pytest.
     call(capfd, "judge", "pairs.jsonl", "--backend", "toy", "--model", "toy", "--judge-reference", "none")
     assert sorted(here.rglob("*")) == before
     assert lines(here / "pairs.jsonl")
+
+
+def test_a_rate_counts_from_where_its_stage_was_begun(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Units that are done together are told of together; what was done before an interruption is nobody's speed."""
+    clock = iter([0.0, 10.0, 10.0, 20.0, 40.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    report = render._lines(every=5.0)
+    for event in (
+        Event("seed", 1, 1, "stage"),  # at 10
+        Event("judge", 1, 2, "pairs", note="\x1b[2Jhello [red]"),  # at 10
+        Event("judge", 2, 2, "pairs"),  # at 20
+        Event("train", 19, 20, "steps"),  # at 40, after 18 steps of another day
+    ):
+        report(event)
+    err = capfd.readouterr().err
+    assert "judge: 2/2 pairs, 0.2/s, 0 s left" in err
+    assert "train: 19/20 steps, 0.1/s, 20 s left" in err
+    assert "\x1b" not in err
+    assert "hello [red]" in err
