@@ -34,8 +34,8 @@ from spa_lite.backends.decoding import Answer, Decoding
 from spa_lite.backends.model_folder import fingerprint
 from spa_lite.backends.packing import Packed, batches, pack
 from spa_lite.errors import BackendError, OutOfMemory
-from spa_lite.estimate import Shape, shape_of
 from spa_lite.records import Completion, Ids, Row, Score
+from spa_lite.shape import Shape, shape_of
 
 
 class Adapters(Protocol):

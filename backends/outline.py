@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from spa_lite.backend import Backend, ModelSettings
 from spa_lite.backends import choose, load, ready
 from spa_lite.errors import BackendError, ModelError
-from spa_lite.estimate import Shape, shape_of
+from spa_lite.shape import Shape, shape_of
 
 if TYPE_CHECKING:
     from spa_lite.backends.model_folder import Known

@@ -24,13 +24,14 @@ import numpy as np
 
 from spa_lite import backends
 from spa_lite.backend import POLICY, Lora, Optimizer, Sampling
-from spa_lite.estimate import memory, shape_of
+from spa_lite.estimate import memory
 from spa_lite.keys import sample_key
 from spa_lite.lesson import MODEL_DIR
 from spa_lite.objective import Refined, Window
 from spa_lite.prepare import model_settings
 from spa_lite.recipe import Recipe, build, load_layer
 from spa_lite.records import Ids, Row
+from spa_lite.shape import shape_of
 
 LLAMAS: dict[str, dict[str, Any]] = {
     "30M": {"hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 6, "num_key_value_heads": 2}

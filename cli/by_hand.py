@@ -176,7 +176,9 @@ def train(
     from spa_lite.backend import POLICY, Lora
     from spa_lite.checkpoint import Checkpoints
     from spa_lite.cli import render
+    from spa_lite.estimate import longest_of_rows
     from spa_lite.files import move
+    from spa_lite.fit import batching_of, micro_that_fits
     from spa_lite.records import Judgement
     from spa_lite.stages import lora_shape, round_objective
     from spa_lite.train import Example
@@ -200,6 +202,9 @@ def train(
     if not rows:
         raise DataError(f"{source} holds no pair of different answers, so there is nothing to learn")
     before_use(backend, r)
+    if r.batching.micro is None:
+        texts = longest_of_rows([example.row for example in rows])
+        backend.batching = batching_of(r, micro_that_fits(r, backend, texts))
     shape: Lora | None = None if r.inputs.adapter_path or r.inputs.init_adapter else lora_shape(r)
     start = r.inputs.adapter_path or r.inputs.init_adapter
     backend.bind(POLICY, Path(start) if start else None, shape)

@@ -12,12 +12,13 @@ from spa_lite.cli import render
 from spa_lite.errors import ModelError
 
 if TYPE_CHECKING:
-    from spa_lite.estimate import Longest, Memory, Shape
+    from spa_lite.estimate import Longest, Memory
     from spa_lite.library import Library
     from spa_lite.models import Models
     from spa_lite.plan import Planned
     from spa_lite.prepare import Raw
     from spa_lite.recipe import Recipe
+    from spa_lite.shape import Shape
     from spa_lite.stages import Data
 
 GB = 1e9
@@ -42,8 +43,9 @@ def show(recipe: Recipe, sources: dict[str, str], out: Path | None) -> None:
         recipe = _show_memory(recipe, models, models.backend.shape, used, longest)
         if recipe.inputs.model:
             _show_elsewhere(recipe, models.backend.shape, longest)
-    folder = out or (HOME / prepare.run_name(recipe, models, data) if data and _has_weights(models) else None)
-    planned, library = _planned(recipe, models, data, folder), library_beside(folder or HOME / "x")
+    folder = (out or HOME / prepare.run_name(recipe, models, data)) if data and _has_weights(models) else None
+    library = library_beside(folder or HOME / "unnamed")
+    planned = _planned(recipe, models, data, folder, library)
     _show_stages(planned, library, folder)
     if not planned or any(stage.seconds(library) is None for stage in planned):
         _show_arithmetic(recipe, models.backend.shape, raw, longest, str(used["device"]))
@@ -82,14 +84,13 @@ def _has_weights(models: Models) -> bool:
         return False
 
 
-def _planned(recipe: Recipe, models: Models, data: Data | None, folder: Path | None) -> list[Planned] | None:
+def _planned(
+    recipe: Recipe, models: Models, data: Data | None, folder: Path | None, library: Library
+) -> list[Planned] | None:
     """The stages of the run; None where nothing can be looked up, because there is no fingerprint without weights."""
-    from spa_lite.cli.run import library_beside
     from spa_lite.plan import plan
 
-    if data is None or folder is None or not _has_weights(models):
-        return None
-    return plan(models, recipe, data, folder, library_beside(folder), set())
+    return plan(models, recipe, data, folder, library, set()) if data is not None and folder is not None else None
 
 
 def _show_model(models: Models, used: dict[str, Any]) -> None:

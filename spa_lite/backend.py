@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from spa_lite.records import Completion, Ids, Message, Row, Score
 
 if TYPE_CHECKING:
-    from spa_lite.estimate import Shape
+    from spa_lite.shape import Shape
 
 Floats = NDArray[np.float64]
 

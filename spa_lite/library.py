@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -39,6 +40,7 @@ class Done(msgspec.Struct):
     made_by: dict[str, Any]
     checksums: dict[str, str]
     summary: dict[str, Any]
+    reads: dict[str, str]
     inputs: dict[str, str] = {}
     settings: dict[str, Any] = {}
     size: int = 0
@@ -73,7 +75,7 @@ class Book:
         """Name for people: `rounds/1 train`."""
         return f"{self.folder.relative_to(self.run).as_posix()} {self.kind}"
 
-    @property
+    @cached_property
     def spent(self) -> dict[str, float] | None:
         """Seconds and CPU seconds it took; None where it was not computed but taken from elsewhere."""
         path = self.folder / "timings.json"

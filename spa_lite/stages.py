@@ -21,7 +21,7 @@ from spa_lite import evaluate, objective
 from spa_lite.backend import INIT, POLICY, Backend
 from spa_lite.checkpoint import Checkpoints
 from spa_lite.errors import DataError, ModelError
-from spa_lite.estimate import Longest
+from spa_lite.estimate import Longest, longest_of_rows
 from spa_lite.evaluate import GoldRule
 from spa_lite.events import Event, Report, silent, ticking
 from spa_lite.files import lines_of, move, share, write_json
@@ -329,12 +329,9 @@ def round_objective(recipe: Recipe, round_: int, steps: int) -> TrainObjective:
 def longest(recipe: Recipe, data: Data) -> Longest:
     """The longest texts that a run trains on, in tokens, as far as they are known before it samples."""
     prompts = [len(ids) for share in data.rounds for _, ids in share]
-    rows = [row for _, row in data.seed_pairs]
-    return Longest(
-        prompt=max([*prompts, *(len(row.prompt) for row in rows)], default=1),
-        answer=recipe.sampling.max_tokens if prompts else 0,
-        pair=max((len(row.prompt) + len(answer) for row in rows for answer in row.responses), default=1),
-    )
+    labelled = longest_of_rows([row for _, row in data.seed_pairs])
+    answer = recipe.sampling.max_tokens if prompts else 0
+    return Longest(max([*prompts, labelled.prompt]), answer, labelled.pair)
 
 
 def lora_shape(recipe: Recipe) -> contract.Lora:

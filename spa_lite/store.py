@@ -74,8 +74,7 @@ class Run:
         self.makers: dict[str, dict[str, Any]] = {}
         self.keys: dict[str, str] = {}  # title of a stage -> its key
         self.report: Report = silent
-        self._before: dict[str, dict[str, str]] = {}  # key of a damaged stage -> what its files were
-        self._changed: set[str] = set()  # keys of stages that came out otherwise than before
+        self._contents: dict[str, str] = {}  # key of a stage -> digest of what came out
         self._make()
 
     def _make(self) -> None:
@@ -138,6 +137,7 @@ class Run:
             if not done:
                 done = self._compute(stage, work, made_by)
                 self.computed.append(stage.title)
+        self._contents[stage.key] = digest(done["checksums"])
         self.makers[stage.title] = done.get("made_by") or {}
         if done.get("begun_by"):
             self.makers[f"{stage.title} (first part)"] = done["begun_by"]
@@ -152,16 +152,15 @@ class Run:
         if done is None:
             return None
         if not done:
-            self._set_aside(stage, self.marker(stage), files.checksums(self.path(stage), stage.outputs))
+            self._set_aside(stage, self.marker(stage))
             return None
         found = files.checksums(self.path(stage), stage.outputs)
         wrong = [name for name, checksum in done["checksums"].items() if found.get(name) != checksum]
         if wrong:
-            self._set_aside(stage, self.path(stage, wrong[0]), done["checksums"])
+            self._set_aside(stage, self.path(stage, wrong[0]))
             return None
-        if self._changed & set(stage.inputs.values()):
+        if not self._read_the_same(stage, done):
             self._say(stage, "is computed again, because what it reads came out otherwise than before")
-            self._before[stage.key] = done["checksums"]
             return None
         shutil.rmtree(part, ignore_errors=True)
         return done
@@ -180,18 +179,25 @@ class Run:
             raise StaleRun(self._difference(stage, done))
         return done
 
-    def _set_aside(self, stage: Stage, path: Path, before: dict[str, str]) -> None:
+    def _reads(self, stage: Stage) -> dict[str, str]:
+        """What came out of the stages that a stage reads, by the names of its inputs."""
+        return {name: self._contents[key] for name, key in stage.inputs.items() if key in self._contents}
+
+    def _read_the_same(self, stage: Stage, done: dict[str, Any]) -> bool:
+        """Whether a result was made from the very bytes that lie here: a repaired stage may come out otherwise."""
+        return bool(done["reads"] == self._reads(stage))
+
+    def _set_aside(self, stage: Stage, path: Path) -> None:
         """Name a damaged file and set it aside; the stage is then computed again."""
         self._say(stage, f"{path} is damaged or missing (its checksum differs), so the stage is computed again")
-        self._before[stage.key] = before
         if path.exists():
             files.move(path, path.with_name(f"{path.name}.damaged"))
         self.marker(stage).unlink(missing_ok=True)
 
     def _borrow(self, stage: Stage, made_by: dict[str, Any]) -> dict[str, Any] | None:
         """The same stage of another run, computed with the same kind of arithmetic; its files are shared."""
-        book = self.library.find(stage.key, made_by) if self.library and stage.key not in self._before else None
-        if book is None or book.run.resolve() == self.folder.resolve():
+        book = self.library.find(stage.key, made_by) if self.library else None
+        if book is None or book.run.resolve() == self.folder.resolve() or not self._read_the_same(stage, book.done):
             return None
         part = self.part(stage)  # without begun.json: what lies here is another run's and must not be gone on with
         shutil.rmtree(part, ignore_errors=True)
@@ -212,7 +218,6 @@ class Run:
         begun_by = read_json(part / "begun.json")["made_by"]
         with timed(part / "spent.json") as spent:
             summary = work(part)
-        checksums = files.checksums(part, stage.outputs)
         done = {
             "key": stage.key,
             "settings": stage.settings,
@@ -220,15 +225,14 @@ class Run:
             "size": stage.size,
             "made_by": made_by,
             **({"begun_by": begun_by} if begun_by != made_by else {}),
-            "checksums": checksums,
+            "reads": self._reads(stage),
+            "checksums": files.checksums(part, stage.outputs),
             "summary": summary,
         }
         write_json(self.path(stage, "timings.json"), self.spent(stage.folder) | {stage.kind: spent})
         files.sync_tree(part)
         write_json(part / "done.json", done)
         self._publish(stage)
-        if self._before.get(stage.key, checksums) != checksums:
-            self._changed.add(stage.key)
         if self.library:
             self.library.add(self.folder, self.marker(stage))
         return dict(msgspec.json.decode(msgspec.json.encode(done)))

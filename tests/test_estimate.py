@@ -12,17 +12,18 @@ from spa_lite.errors import ModelError
 from spa_lite.estimate import (
     GIB,
     Longest,
-    Shape,
     Speed,
     cpu_speed,
     longest_of,
+    longest_of_rows,
     memory,
     micro_batch,
     seconds,
-    shape_of,
     work,
 )
 from spa_lite.recipe import Recipe, build, load_layer
+from spa_lite.records import Row
+from spa_lite.shape import Shape, shape_of
 
 LLAMA_8B: dict[str, Any] = {
     "model_type": "llama",
@@ -206,3 +207,10 @@ def test_the_speed_of_the_cpu_is_found_quickly() -> None:
 def test_a_shape_is_plain() -> None:
     assert isinstance(hash(shape_of(LLAMA_8B)), int)
     assert isinstance(shape_of(LLAMA_8B), Shape)
+
+
+def test_the_longest_of_rows() -> None:
+    """Prompt, answer, and prompt with answer: each the longest there is, of different rows if need be."""
+    rows = [Row(prompt=(1,) * 9, responses=((1,), (1, 1))), Row(prompt=(1, 1), responses=((1,) * 6, (1,)))]
+    assert longest_of_rows(rows) == Longest(prompt=9, answer=6, pair=11)
+    assert longest_of_rows([]) == Longest(1, 1, 1)

@@ -104,6 +104,11 @@ def at(stage: str, done: int, act: Callable[[], None]) -> Report:
     return report
 
 
+def stop() -> None:
+    """What Ctrl-C does where nothing is kept first."""
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("stage", ["seed", "round 1 train"])
 def test_the_first_signal_ends_a_training_after_a_checkpoint(tmp_path: Path, whole: Any, stage: str) -> None:
     """No step is lost, and the signal then takes its course."""
@@ -208,9 +213,6 @@ def test_a_damaged_checkpoint_costs_a_few_steps(tmp_path: Path, whole: Any, newe
     """The one before takes its place, and that is said."""
     _, recipe, expected = whole
 
-    def stop() -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         run_small(tmp_path / "run", recipe, report=at("round 1 train", 4, stop))
     kept = sorted((tmp_path / "run/rounds/1/train.part/checkpoints").glob("[0-9]*"))
@@ -230,9 +232,6 @@ def test_a_damaged_journal_begins_anew(tmp_path: Path, whole: Any, name: str) ->
     _, recipe, expected = whole
     stage = "round 1 sample" if name == "samples.jsonl" else "round 1 judge"
 
-    def stop() -> None:
-        raise KeyboardInterrupt
-
     event = (f"{stage} reference" if name == "reference.jsonl" else stage, 12)
     with pytest.raises(KeyboardInterrupt):
         run_small(tmp_path / "run", recipe, report=at(*event, stop))
@@ -246,9 +245,6 @@ def test_a_damaged_journal_begins_anew(tmp_path: Path, whole: Any, name: str) ->
 def test_what_is_done_in_a_stage_is_not_done_again(tmp_path: Path, whole: Any) -> None:
     """Chunks of answers before the interruption are read, not sampled."""
     _, recipe, _ = whole
-
-    def stop() -> None:
-        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run_small(tmp_path / "run", recipe, report=at("round 1 sample", 12, stop))
@@ -337,9 +333,6 @@ def test_a_real_model_goes_on_to_the_same_bytes(tmp_path: Path, backend: str) ->
     recipe = recipe_of(f"{backend}:{tmp_path / 'model'}", tmp_path, {})
     run_small(tmp_path / "whole", recipe)
 
-    def stop() -> None:
-        raise KeyboardInterrupt
-
     for place in STOPS:
         with pytest.raises(KeyboardInterrupt):
             run_small(tmp_path / "run", recipe, report=at(*place, stop))
@@ -350,9 +343,6 @@ def test_a_real_model_goes_on_to_the_same_bytes(tmp_path: Path, backend: str) ->
 def test_a_moved_run_goes_on(tmp_path: Path, whole: Any) -> None:
     """A run folder can be copied to another place whole."""
     _, recipe, expected = whole
-
-    def stop() -> None:
-        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run_small(tmp_path / "run", recipe, report=at("round 1 judge", 12, stop))

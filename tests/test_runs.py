@@ -157,7 +157,7 @@ def test_a_run_at_work(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
         ("rounds/1/train.done.json", '{"key": 1}', "stopped", "rounds/1/train.done.json is damaged"),
         (
             "rounds/1/train.done.json",
-            '{"key": "k", "made_by": {}, "summary": {}, "checksums": {"../../../x": "0"}}',
+            '{"key": "k", "made_by": {}, "summary": {}, "reads": {}, "checksums": {"../../../x": "0"}}',
             "stopped",
             "names files outside its folder",
         ),

@@ -113,15 +113,24 @@ def test_a_damaged_result_is_named_and_computed_again(tmp_path: Path, damage: st
 
 @pytest.mark.parametrize("text", ["answer", "another answer"])
 def test_what_reads_a_repaired_stage_is_computed_again_if_that_came_out_otherwise(tmp_path: Path, text: str) -> None:
-    """On another machine a repaired file may differ; what was made from the old one is then stale."""
-    later = Stage("rounds/1", "judge", ("samples.jsonl",), {}, {"samples": STAGE.key})
-    Run(tmp_path).once(STAGE, work([]))
-    Run(tmp_path).once(replace(later, outputs=()), lambda part: {"n": 2})
+    """On another machine a repaired file may differ; what was made from the old one is then stale, and stays so if the
+    program is killed in between."""
+    later = Stage("rounds/1", "judge", (), {}, {"samples": STAGE.key})
+    calls: list[str] = []
+
+    def judge(part: Path) -> dict[str, Any]:
+        calls.append("judged")
+        return {"n": 2}
+
+    first = Run(tmp_path)
+    first.once(STAGE, work([]))
+    first.once(later, judge)
     (tmp_path / "rounds/1/samples.jsonl").write_text("damaged")
-    run, _, calls = watched(tmp_path)
-    run.once(STAGE, work([], text))
-    run.once(replace(later, outputs=()), lambda part: {"n": len([calls.append("again")])})  # type: ignore[func-returns-value]
-    assert calls == ([] if text == "answer" else ["again"])
+    Run(tmp_path).once(STAGE, work([], text))  # killed after the repair
+    again = Run(tmp_path)
+    again.once(STAGE, work([], "not called"))
+    again.once(later, judge)
+    assert calls == (["judged"] if text == "answer" else ["judged", "judged"])
 
 
 def watched(folder: Path) -> tuple[Run, list[str], list[str]]:
@@ -196,6 +205,17 @@ def test_a_stage_begun_elsewhere_says_so_and_is_not_lent(tmp_path: Path) -> None
     assert Library([tmp_path]).find(STAGE.key, HERE) is None
 
 
+def test_what_was_made_from_other_bytes_is_not_taken_over(tmp_path: Path) -> None:
+    """The same key, but this run's own answers came out otherwise."""
+    later = Stage("rounds/1", "judge", (), {}, {"samples": STAGE.key})
+    for name, text, library in (("first", "answer", None), ("second", "another", Library([tmp_path]))):
+        run = Run(tmp_path / name)
+        run.once(STAGE, work([], text), HERE)
+        run.library = library
+        run.once(later, lambda part: {"n": 2}, HERE)
+    assert run.computed == ["rounds/1 sample", "rounds/1 judge"]
+
+
 def test_a_takeover_that_was_cut_short_leaves_the_lender_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was shared so far is another run's file: it is not gone on with, not even if the lender is gone."""
 
@@ -215,7 +235,7 @@ def test_a_takeover_that_was_cut_short_leaves_the_lender_alone(tmp_path: Path, m
     assert (tmp_path / "kept/rounds/1/samples.jsonl").read_bytes() == b'"a"\n"b"\n'
 
 
-EVIL = '{"key": "k", "made_by": {}, "summary": {}, "checksums": {"../../../x": "0"}}'
+EVIL = '{"key": "k", "made_by": {}, "summary": {}, "reads": {}, "checksums": {"../../../x": "0"}}'
 
 
 def test_a_marker_never_reaches_outside_its_folder(tmp_path: Path) -> None:
