@@ -13,9 +13,13 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from spa_lite.backend import Backend, ModelSettings
 from spa_lite.errors import BackendError, BackendMissing
+
+if TYPE_CHECKING:
+    from spa_lite.judges.reward import Classifier
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,13 @@ def load(name: str | None, settings: ModelSettings) -> Backend:
         raise BackendMissing(f"backend {name!r} cannot be imported from {target}: {error}") from error
     backend: Backend = found(settings)
     return backend
+
+
+def load_classifier(name: str, device: str = "auto", trust_remote_code: bool = False) -> Classifier:
+    """A reward model or an encoder of pairs, by folder or hub name; PyTorch is imported only here."""
+    from spa_lite.backends import classifiers
+
+    return classifiers.load(name, device, trust_remote_code)
 
 
 def ready(name: str) -> str:

@@ -150,9 +150,12 @@ class LocalBackend(ABC):
         """Bytes that this backend may still take, on its device."""
         return memory.free()
 
-    def peak_memory(self) -> int | None:
+    def peak_memory(self, reset: bool = False) -> int | None:
         """The most bytes taken so far, on its device."""
-        return memory.peak()
+        found = memory.peak()
+        if reset:
+            memory.forget_peak()
+        return found
 
     @contextmanager
     def _memory_for(self, what: str, flag: str) -> Iterator[None]:
@@ -216,10 +219,17 @@ class LocalBackend(ABC):
         self._adapter(role)
         check_prompts(prompts, n, keys, self.context)
         self._enter(role)
-        for batch in self._groups(prompts):
+        groups = self._groups(prompts)
+        for batch in (part for group in groups for part in self._within_context(group, prompts, sampling)):
             with self._memory_for(f"{len(batch)} prompts were answered together", "--sample-batch"):
                 yield from self._answers(batch, prompts, n, sampling, keys, role)
         self._tidy()
+
+    def _within_context(self, group: list[int], prompts: Sequence[Ids], sampling: Sampling) -> list[list[int]]:
+        """The group in parts none of which, padded, grows beyond the context: some models have no position there."""
+        tight = [index for index in group if len(prompts[index]) + sampling.max_tokens > self.context]
+        roomy = [index for index in group if index not in tight]
+        return ([roomy] if roomy else []) + [[index] for index in tight]
 
     def _answers(
         self,

@@ -78,9 +78,12 @@ class MlxBackend(LocalBackend):
         """Bytes that this backend may still take."""
         return free_memory(device_in_use())
 
-    def peak_memory(self) -> int | None:
+    def peak_memory(self, reset: bool = False) -> int | None:
         """The most bytes that MLX has held."""
-        return int(mx.get_peak_memory())
+        found = int(mx.get_peak_memory())
+        if reset:
+            mx.reset_peak_memory()
+        return found
 
     def _groups(self, prompts: Sequence[Ids]) -> list[list[int]]:
         self._way = self._way or best_way(self.net)

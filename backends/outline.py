@@ -93,7 +93,7 @@ class Outline:
         """Bytes that the backend might take, on its device."""
         return self._known.free_memory()
 
-    def peak_memory(self) -> int | None:
+    def peak_memory(self, reset: bool = False) -> int | None:
         """Nothing was taken."""
         return None
 

@@ -73,10 +73,15 @@ class TorchBackend(LocalBackend):
         """Bytes that this backend may still take, on its device."""
         return free_memory(self.net.device)
 
-    def peak_memory(self) -> int | None:
+    def peak_memory(self, reset: bool = False) -> int | None:
         """The most bytes taken so far: what PyTorch counted on CUDA, elsewhere the whole process."""
         device = self.net.device
-        return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else super().peak_memory()
+        if device.type != "cuda":
+            return super().peak_memory(reset)
+        found = int(torch.cuda.max_memory_allocated(device))
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return found
 
     def _tidy(self) -> None:
         if self.net.device.type != "cpu":

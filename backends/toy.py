@@ -133,7 +133,7 @@ class ToyBackend:
         """Nothing to speak of is needed."""
         return None
 
-    def peak_memory(self) -> int | None:
+    def peak_memory(self, reset: bool = False) -> int | None:
         """Nothing to speak of was needed."""
         return None
 

@@ -71,7 +71,7 @@ def ablate(
     trackers.check(base.report_to)
     folder = out or HOME / f"{asked.name}-{_name(base, varied)}"
     jobs = studies.jobs_of(asked.cells, base, seeds, folder)
-    shelf, library = studies.Shelf(backends.load), library_beside(folder, [folder.parent])
+    shelf, library = studies.Shelf(backends.load, backends.load_classifier), library_beside(folder, [folder.parent])
     _introduce(asked, jobs, folder, shelf.models(base).backend.advice)
     schedule = studies.schedule(jobs, shelf, library)
     _show_plan(schedule, library)

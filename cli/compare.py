@@ -9,7 +9,7 @@ from rich.table import Table
 
 from spa_lite.cli.render import number, safe
 from spa_lite.compare import Cell, Comparison, Difference, Estimate
-from spa_lite.plots import visible
+from spa_lite.figures import visible
 
 TITLES = {"win_rate": "win rate vs init %", "pair_accuracy": "held-out pairs %"}
 COLUMNS = (

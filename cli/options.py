@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +18,17 @@ ALIASES = {
     "--max-tokens": ["--max-new-tokens"],
     "--temp": ["--temperature"],
     "--max-seq-length": ["--max-length"],
+    "--judge-reference": ["--reference"],
 }
 """Other tools' words for the same thing."""
+
+Config = Annotated[Path | None, typer.Option("-c", "--config", help="YAML file of settings; the command line wins.")]
+Named = Annotated[str | None, typer.Option(help="Recipe: spa, spa-official, or a YAML file (default: spa)")]
+Scale = Annotated[str | None, typer.Option(help="Scale: lesson, laptop, paper, or a YAML file.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="GROUP.FIELD=VALUE", help="Override any setting.")]
+Round = Annotated[int, typer.Option("--round", min=1, help="Which round this is (1, 2, ...).")]
+Output = Annotated[str, typer.Option("-o", "--output", help="File to write; - is stdout.")]
+"""Options of the commands that work by hand."""
 
 PANELS = {
     "inputs": "Model and data",
@@ -33,6 +43,7 @@ PANELS = {
     "train": "Training",
     "batching": "Memory and speed",
     "measure": "Measuring",
+    "stop": "Measuring",
     "lesson": "Lesson",
 }
 
@@ -40,14 +51,14 @@ PANELS = {
 def command(app: typer.Typer, name: str, groups: Iterable[str] | None = None) -> Callable[[Callable[..., Any]], Any]:
     """Register a function that takes `given` (path -> command-line word) as a command with the settings as options.
 
-    `groups` are the setting groups it shows ("" for the top level); None shows all. Every setting can also be
-    given with --set.
+    `groups` are the setting groups and single settings it shows; None shows all. Every setting can also be given with
+    --set.
     """
-    shown = [s for s in SETTINGS.values() if s.flag and (groups is None or _group(s) in set(groups))]
+    shown = [s for s in SETTINGS.values() if s.flag and (groups is None or {_group(s), s.path} & set(groups))]
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "given"]
-        made = [_parameter(s) for s in shown]
+        made = [_parameter(s.path) for s in shown]
 
         def call(**values: Any) -> Any:
             given = {s.path: values.pop(_name(s)) for s in shown}
@@ -70,8 +81,10 @@ def _name(s: Setting) -> str:
     return s.path.replace(".", "_")
 
 
-def _parameter(s: Setting) -> inspect.Parameter:
+@cache
+def _parameter(path: str) -> inspect.Parameter:
     """A Typer option: bare words are read by the recipe itself, so that every wrong value gets the same sentence."""
+    s = SETTINGS[path]
     assert s.flag
     is_switch = s.type is bool
     names = [f"{s.flag}/--no-{s.flag.removeprefix('--')}" if is_switch and not s.flag.startswith("--no-") else s.flag]

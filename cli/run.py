@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ from spa_lite.cli.options import command, resolve
 
 if TYPE_CHECKING:
     from spa_lite.library import Library
+    from spa_lite.models import Models
     from spa_lite.store import Run
 
 HOME = Path("runs")
@@ -57,6 +58,9 @@ def run(
             help="Print the settings, the stages to compute and to reuse, memory and time; compute nothing.",
         ),
     ] = False,
+    page: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write report/report.html into the run folder.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Align a model: seed DPO, then rounds of sample, judge, train. With no arguments: the built-in lesson.
@@ -86,7 +90,7 @@ def run(
             "the built-in lesson: a tiny model that knows one small world "
             "(give --model, --seed-pairs and --prompts for your own)"
         )
-    models = prepare.models_of(resolved, backends.load)
+    models = prepare.models_of(resolved, backends.load, backends.load_classifier)
     data = prepare.encode_all(raw, models.backend, resolved)
     for line in data.notes:
         render.note(line)
@@ -103,13 +107,42 @@ def run(
         summary = align(models, resolved, data, place, report)
     if as_json:
         print(msgspec.json.encode(summary).decode())
+        if page:
+            write_page(folder, models)
         return
     say_what_was_reused(place)
     for table in render.summary_tables(summary, read_json(folder / "timings.json")):
         render.show(table)
+    say_best(summary)
     for warning in summary["warnings"]:
         render.note(f"warning: {warning}")
     render.note(f"adapter: {folder / 'adapter'}")
+    if page:
+        write_page(folder, models)
+
+
+def write_page(folder: Path, models: Models) -> None:
+    """The report of a run, with the model that is in memory anyway. A finished run does not fail for it."""
+    from spa_lite.cli import render
+    from spa_lite.report import write_report
+
+    try:
+        render.note(f"report: {write_report([folder], backend=lambda _: models.backend, tell=render.note)}")
+    except Exception as error:
+        render.note(f"the report could not be written ({error}); `spa-lite report {folder}` tries again")
+
+
+def say_best(summary: Mapping[str, Any]) -> None:
+    """Which round measured best, and where its adapter lies if that was not the last one."""
+    from spa_lite.cli import render
+    from spa_lite.stop import MEASURES
+
+    best, last = summary["best"], summary["rows"][-1]["folder"]
+    if summary["stopped"]:
+        render.note(f"a stop rule ended the run after {summary['stopped']} (--stop-rules warn goes on)")
+    if best:
+        where = "" if last == best["folder"] else f"; its adapter is {best['folder']}/adapter in the run folder"
+        render.note(f"best: {best['stage']}, {MEASURES[best['measure']]} {100 * best['value']:.1f} %{where}")
 
 
 def library_beside(folder: Path, more: Iterable[Path] = ()) -> Library:

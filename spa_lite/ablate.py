@@ -21,6 +21,7 @@ from spa_lite import prepare
 from spa_lite.compare import Outcome
 from spa_lite.errors import RecipeError, SpaError, StaleRun
 from spa_lite.events import Report, silent
+from spa_lite.judges import LoadClassifier
 from spa_lite.library import Library
 from spa_lite.models import Models
 from spa_lite.plan import Planned, State, plan
@@ -201,8 +202,8 @@ def slug(name: str) -> str:
 class Shelf:
     """Models and data of a study: one model in memory, the data of equal settings read once."""
 
-    def __init__(self, load: prepare.Loader) -> None:
-        self._load = load
+    def __init__(self, load: prepare.Loader, load_classifier: LoadClassifier | None = None) -> None:
+        self._load, self._load_classifier = load, load_classifier
         self._models: tuple[str, Models] | None = None
         self._data: dict[str, Data] = {}
 
@@ -211,7 +212,7 @@ class Shelf:
         key = self._key(recipe, ("inputs.", "model."))
         if self._models is None or self._models[0] != key:
             self._models = None
-            self._models = (key, prepare.models_of(recipe, self._load))
+            self._models = (key, prepare.models_of(recipe, self._load, self._load_classifier))
         return self._models[1]
 
     def data(self, recipe: Recipe) -> Data:

@@ -221,8 +221,9 @@ class Backend(Protocol):
         """Bytes that this backend may still take, on its device; None if it needs none to speak of."""
         ...
 
-    def peak_memory(self) -> int | None:
-        """The most bytes taken so far, on its device; None if it needs none to speak of."""
+    def peak_memory(self, reset: bool = False) -> int | None:
+        """The most bytes taken so far, on its device; None if it needs none to speak of. With `reset`, where the device
+        can, it counts from now on."""
         ...
 
     def machine_checks(self) -> Iterator[tuple[str, bool | None, str]]:

@@ -41,9 +41,10 @@ PLOTS = ("cells", "grid", "rounds")
 TRACKED = ("tensorboard", "wandb", "trackio", "tracker-id")
 WRITTEN = {
     "run": ("init", "rounds", "adapter", "summary.json", "timings.json", "batching.json", "recipe.yaml",
-            *TRACKED, ".writable", ".*.tmp", lock.NAME, HEAD),
+            "report", "eval", *TRACKED, ".writable", ".*.tmp", lock.NAME, HEAD),
     "study": ("cells", "results.csv", "results.json", "results.md",
-              *(f"{name}.{kind}" for name in PLOTS for kind in ("svg", "png")), *TRACKED, ".*.tmp", lock.NAME, STUDY),
+              *(f"{name}.{kind}" for name in PLOTS for kind in ("svg", "png")), "report", *TRACKED, ".*.tmp",
+              lock.NAME, STUDY),
 }  # fmt: skip
 """What spa-lite writes into a folder, in the order it is removed: what makes it a run or a study goes last."""
 YOUNG = 24 * 3600.0

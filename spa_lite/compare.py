@@ -314,18 +314,19 @@ def table_csv(comparison: Comparison) -> str:
     settings = sorted({setting for cell in comparison.cells for setting in cell.changes})
     text = io.StringIO()
     write = csv.writer(text, lineterminator="\n").writerow
-    write([_text(name) for name in ["cell", "base", "seed", *settings, *comparison.measures, "error", "folder"]])
+    write([csv_field(name) for name in ["cell", "base", "seed", *settings, *comparison.measures, "error", "folder"]])
     for cell in comparison.cells:
         for seed, place in cell.folders.items():
             own = {**comparison.about.get("given", {}), **cell.changes}
-            changed = [_text(own[setting]) if setting in own else "" for setting in settings]
+            changed = [csv_field(own[setting]) if setting in own else "" for setting in settings]
             numbers = [cell.estimates[m].values.get(seed) if m in cell.estimates else None for m in comparison.measures]
             base = "yes" if cell.name == comparison.base else "no"
-            write([_text(cell.name), base, seed, *changed, *numbers, _text(cell.failed.get(seed, "")), _text(place)])
+            end = [csv_field(cell.failed.get(seed, "")), csv_field(place)]
+            write([csv_field(cell.name), base, seed, *changed, *numbers, *end])
     return text.getvalue()
 
 
-def _text(value: Any) -> Any:
+def csv_field(value: Any) -> Any:
     """A setting or a text as a CSV field: numbers as they are, the rest as JSON or guarded text."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value

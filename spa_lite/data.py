@@ -11,6 +11,7 @@ A source is a path (.jsonl, .jsonl.gz, .json, .parquet, .csv), `-` for JSON line
     {"prompt": "Name a river.", "id": "p1"}                       a prompt; `messages` works too
     {"prompt": "Name a river.", "chosen": "Rhine", "rejected": "Alps"}   a pair
     {"prompt": "Name a river.", "a": "Rhine", "b": "Alps", "label": "a"} two answers to judge
+    {"prompt": "Name a river.", "responses": ["Rhine", "Alps", "Po"], "best": 0}   any number of them
 """
 
 from __future__ import annotations
@@ -91,12 +92,20 @@ def _count(number: int, noun: str) -> str:
 
 
 class Candidates(NamedTuple):
-    """Two answers for the judge. `gold` is the better one, where a person has said so."""
+    """Two or more answers for the judge, and the number of their record in the source, from 1.
+
+    `gold` is what a person has said of them: the index of the best answer, or the indices of all of them, best
+    first; empty where nothing was said.
+    """
 
     prompt: Prompt
-    a: str
-    b: str
-    gold: Literal["a", "b"] | None
+    answers: tuple[str, ...]
+    gold: tuple[int, ...]
+    row: int
+
+
+IsFree = Callable[[str], bool]
+"""Whether an id was not given to an earlier record."""
 
 
 class _Parsed(NamedTuple, Generic[T]):
@@ -113,7 +122,7 @@ class Reading(Generic[T]):
     Raises DataError on the way: for a bad record (unless `skip_bad`), or if no usable record is left at all.
     """
 
-    def __init__(self, source: Source, parse: Callable[[Fields, Callable[[str], bool]], _Parsed[T]], skip_bad: bool):
+    def __init__(self, source: Source, parse: Callable[[Fields, IsFree, int], _Parsed[T]], skip_bad: bool):
         sources.check(source)  # at once, not at the first record
         self._name = "standard input" if str(source) == "-" else str(source)
         self._parse, self._skip_bad = parse, skip_bad
@@ -140,9 +149,9 @@ class Reading(Generic[T]):
         def is_free(id_: str) -> bool:
             return _number(keys.digest(id_)) not in ids
 
-        for entry in sources.entries(source):
+        for number, entry in enumerate(sources.entries(source), 1):
             try:
-                parsed = self._parse(sources.fields(entry), is_free)
+                parsed = self._parse(sources.fields(entry), is_free, number)
                 key = _number(parsed.key)
                 if key in contents:
                     self._repeated += 1
@@ -207,7 +216,8 @@ def read_pairs(source: Source, *, skip_bad: bool = False) -> tuple[list[Pair], R
 
 
 def iter_candidates(source: Source, *, skip_bad: bool = False) -> Reading[Candidates]:
-    """Answers to judge: `a` and `b` with an optional `label`, or a labelled pair (a is chosen, gold is "a").
+    """Answers to judge: `a` and `b` with an optional `label`; a labelled pair (the first is chosen, and gold); or
+    `responses`, two or more, with an optional `label` or `best` (an index) or `ranking` (indices, best first).
 
     Raises DataError for a source that cannot be read and for the first bad record unless `skip_bad`.
     """
@@ -232,7 +242,7 @@ def conversation_key(messages: Sequence[Message]) -> bytes:
     return keys.digest("conversation", *(part for turn in messages for part in (turn.role, turn.content)))
 
 
-def _parse_prompt(fields: Fields, is_free: Callable[[str], bool]) -> _Parsed[Prompt]:
+def _parse_prompt(fields: Fields, is_free: IsFree, number: int) -> _Parsed[Prompt]:
     messages = _conversation(fields)
     key = conversation_key(messages)
     given = _given_id(fields, is_free)
@@ -240,7 +250,7 @@ def _parse_prompt(fields: Fields, is_free: Callable[[str], bool]) -> _Parsed[Pro
     return _Parsed(Prompt(id=given or _short(key), messages=messages, extra=extra), key, given)
 
 
-def _parse_pair(fields: Fields, is_free: Callable[[str], bool]) -> _Parsed[Pair]:
+def _parse_pair(fields: Fields, is_free: IsFree, number: int) -> _Parsed[Pair]:
     messages, chosen, rejected = _two_answers(fields, "chosen", "rejected")
     if chosen == rejected:
         raise BadRecord("same", "`chosen` and `rejected` are the same; change one of them or drop the pair")
@@ -252,25 +262,65 @@ def _parse_pair(fields: Fields, is_free: Callable[[str], bool]) -> _Parsed[Pair]
     return _Parsed(pair, key, given)
 
 
-def _parse_candidates(fields: Fields, is_free: Callable[[str], bool]) -> _Parsed[Candidates]:
+def _parse_candidates(fields: Fields, is_free: IsFree, number: int) -> _Parsed[Candidates]:
     lettered = fields.get("a") is not None or fields.get("b") is not None
     labelled = fields.get("chosen") is not None or fields.get("rejected") is not None
-    if not lettered and not labelled:
-        raise BadRecord("missing", "there are neither `a` and `b` nor `chosen` and `rejected`; add two answers")
-    if not lettered:
-        pair, key, given = _parse_pair(fields, is_free)
-        return _Parsed(Candidates(pair.prompt, pair.chosen, pair.rejected, "a"), key, given)
-    if labelled:
+    if lettered and labelled:
         raise BadRecord("prompt", "there are both `a`/`b` and `chosen`/`rejected`; keep one of the two forms")
+    if labelled:
+        pair, key, given = _parse_pair(fields, is_free, number)
+        return _Parsed(Candidates(pair.prompt, (pair.chosen, pair.rejected), (0,), number), key, given)
+    if not lettered and fields.get("responses") is not None:
+        return _parse_responses(fields, is_free, number)
+    if not lettered:
+        raise BadRecord(
+            "missing", "there are neither `a` and `b` nor `chosen` and `rejected` nor `responses`; add two answers"
+        )
     messages, a, b = _two_answers(fields, "a", "b")
     gold = _label(fields.get("label"))
     if gold is not None and a == b:
         # Without a label it is a tie, which the judge reports as one.
         raise BadRecord("same", "`a` and `b` are the same, `label` prefers one; change one or drop the label")
     key = keys.digest("candidates", conversation_key(messages), a, b, gold)
+    given, extra = _given_id(fields, is_free), _extra(fields, ("id", "prompt", "messages", "a", "b", "label"))
+    prompt = Prompt(id=given or _short(key), messages=messages, extra=extra)
+    return _Parsed(Candidates(prompt, (a, b), () if gold is None else ("ab".index(gold),), number), key, given)
+
+
+def _parse_responses(fields: Fields, is_free: IsFree, number: int) -> _Parsed[Candidates]:
+    """Two or more answers in a list, each a text."""
+    found = fields["responses"]
+    if not isinstance(found, list):
+        raise BadRecord("type", f"`responses` is {_kind(found)}; write a list of texts")
+    if len(found) < 2:
+        raise BadRecord("missing", f"`responses` holds {len(found)}; give two or more")
+    answers = tuple(_text(answer, f"answer {place} of `responses`") for place, answer in enumerate(found))
+    messages, gold = _conversation(fields), _gold(fields, answers)
+    key = keys.digest("responses", conversation_key(messages), len(answers), *answers, *gold)
     given = _given_id(fields, is_free)
-    extra = _extra(fields, ("id", "prompt", "messages", "a", "b", "label"))
-    return _Parsed(Candidates(Prompt(id=given or _short(key), messages=messages, extra=extra), a, b, gold), key, given)
+    extra = _extra(fields, ("id", "prompt", "messages", "responses", "label", "best", "ranking"))
+    prompt = Prompt(id=given or _short(key), messages=messages, extra=extra)
+    return _Parsed(Candidates(prompt, answers, gold, number), key, given)
+
+
+def _gold(fields: Fields, answers: tuple[str, ...]) -> tuple[int, ...]:
+    """What is said of several answers: (index of the best,), all indices from best to worst, or nothing."""
+    said = {name: fields[name] for name in ("label", "best", "ranking") if fields.get(name) is not None}
+    if len(said) > 1:
+        raise BadRecord("prompt", f"there are {' and '.join(f'`{name}`' for name in said)}; keep one of them")
+    for name, value in said.items():
+        found = value if name == "ranking" else [value]
+        if not isinstance(found, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in found):
+            form = "a list of indices from 0, best first" if name == "ranking" else "the best answer's index, from 0"
+            raise BadRecord("type", f"`{name}` is {value!r}; write {form}")
+        if name == "ranking" and sorted(found) != list(range(len(answers))):
+            raise BadRecord("type", f"`ranking` must name each of 0 to {len(answers) - 1} once; it is {value!r}")
+        if not all(0 <= i < len(answers) for i in found):
+            raise BadRecord("type", f"`{name}` is {value!r}, but the answers are 0 to {len(answers) - 1}; mend it")
+        if sum(answer == answers[found[0]] for answer in answers) > 1:
+            raise BadRecord("same", f"`{name}` prefers an answer that occurs twice; change one or drop `{name}`")
+        return tuple(found)
+    return ()
 
 
 def _label(value: object) -> Literal["a", "b"] | None:

@@ -7,7 +7,7 @@ is skipped or cut, and counted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import msgspec
@@ -88,21 +88,48 @@ def encode_pairs(
     counts: Counter[str] = Counter()
     encoded = []
     for pair in pairs:
-        prompt = _prompt_ids(pair.messages, tokenizer, max_prompt_length, long_prompts, counts)
-        if not prompt:
-            continue
-        whole = [answer_ids(pair.messages, text, tokenizer) for text in (pair.chosen, pair.rejected)]
-        room = max(max_length - len(prompt), 0)
-        chosen, rejected = (ids[:room] for ids in whole)
-        if not all(any(token != tokenizer.end_of_turn for token in ids) for ids in (chosen, rejected)):
-            counts["empty"] += 1
-        elif chosen == rejected and not keep_identical:
+        more: Counter[str] = Counter()
+        row = encode_answers(
+            pair.messages,
+            (pair.chosen, pair.rejected),
+            tokenizer,
+            more,
+            max_prompt_length=max_prompt_length,
+            max_length=max_length,
+            long_prompts=long_prompts,
+        )
+        if row and row.responses[0] == row.responses[1] and not keep_identical:
             counts["identical"] += 1
-        else:
-            # Cut answers end without an end-of-turn token: the model must not learn to stop there.
-            counts["cut_responses"] += sum(len(ids) > room for ids in whole)
-            encoded.append((pair, Row(prompt=prompt, responses=(chosen, rejected))))
+            del more["cut_responses"]
+        elif row:
+            encoded.append((pair, row))
+        counts.update(more)
     return encoded, EncodeReport(kept=len(encoded), **counts)
+
+
+def encode_answers(
+    messages: tuple[Message, ...],
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    counts: Counter[str],
+    *,
+    max_prompt_length: int,
+    max_length: int,
+    long_prompts: LongPrompts,
+) -> Row | None:
+    """A prompt with its answers as ids; None if it is skipped. What happened goes into `counts`."""
+    prompt = _prompt_ids(messages, tokenizer, max_prompt_length, long_prompts, counts)
+    if not prompt:
+        return None
+    whole = [answer_ids(messages, text, tokenizer) for text in texts]
+    room = max(max_length - len(prompt), 0)
+    fitting = tuple(ids[:room] for ids in whole)
+    if not all(any(token != tokenizer.end_of_turn for token in ids) for ids in fitting):
+        counts["empty"] += 1
+        return None
+    # Cut answers end without an end-of-turn token: the model must not learn to stop there.
+    counts["cut_responses"] += sum(len(ids) > room for ids in whole)
+    return Row(prompt=prompt, responses=fitting)
 
 
 def answer_ids(messages: tuple[Message, ...], text: str, tokenizer: Tokenizer) -> Ids:

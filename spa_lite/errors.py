@@ -54,3 +54,7 @@ class StaleRun(RunError):
 
 class TrainingDiverged(SpaError):
     """The loss or its gradient was not finite several steps in a row."""
+
+
+class JudgeError(SpaError):
+    """A judge cannot judge: its server does not answer, or its replies cannot be read."""

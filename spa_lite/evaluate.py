@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from spa_lite.intervals import Interval as Interval
+from spa_lite.intervals import wilson as wilson
 from spa_lite.keys import digest, generator
 from spa_lite.records import Completion, Judgement, Sample, Side
 
 GoldRule = Callable[[Mapping[str, Any], str, bool], Mapping[str, float] | None]
 """(extra fields of a prompt, text of an answer, whether it ended by itself) -> criteria in [0, 1] and their
 weighted "score", or None where the truth is not known."""
-
-Z95 = 1.959963984540054
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate in [0, 1] with its 95 % interval and the number of items behind it."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def to_dict(self) -> dict[str, float]:
-        """Plain numbers."""
-        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
-
-
-def wilson(hits: float, n: int) -> Interval | None:
-    """Wilson score interval of a share (E. B. Wilson, 1927); None of nothing."""
-    if n == 0:
-        return None
-    p, z2 = hits / n, Z95**2
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return Interval(p, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
 def win_rate(scores: Sequence[float], baseline: Sequence[float], seed: int, resamples: int) -> Interval:

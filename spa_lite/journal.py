@@ -7,7 +7,8 @@ behind the mark was being written when the program stopped, and is cut off.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,57 @@ class Marked(Journal):
         mark = super().append(records, durable)
         files.write_atomic(self._note, msgspec.json.encode(mark))
         return mark
+
+
+class Spool:
+    """A marked journal of any length: its lines stay on the disk, and are read again one at a time.
+
+    `lines` says how many there are, `note` is what their writer left with the last block.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._mark_path = path, path.with_name(f"{path.name}.mark")
+        stored = self._stored()
+        self._hash = _hash_of(path, stored.mark.bytes)
+        if stored.mark.lines and self._hash.hexdigest() != stored.mark.checksum:
+            stored, self._hash = _Stored(), hashlib.blake2b(digest_size=16)
+        self.lines, self.note = stored.mark.lines, stored.note
+        self._bytes = stored.mark.bytes
+        files.write(path, b"", at=self._bytes, durable=False)
+
+    def _stored(self) -> _Stored:
+        try:
+            return msgspec.json.decode(self._mark_path.read_bytes(), type=_Stored)
+        except (FileNotFoundError, msgspec.DecodeError):
+            return _Stored()
+
+    def append(self, block: bytes, lines: int, note: Any = None) -> None:
+        """Write a block of whole lines, and then the mark with the note: durable both, or neither counts."""
+        files.write(self.path, block, at=self._bytes)
+        self._hash.update(block)
+        self._bytes, self.lines, self.note = self._bytes + len(block), self.lines + lines, note
+        mark = Mark(self.lines, self._bytes, self._hash.hexdigest())
+        files.write_atomic(self._mark_path, msgspec.json.encode(_Stored(mark, note)))
+
+    def read(self) -> Iterator[bytes]:
+        """The lines so far."""
+        with self.path.open("rb") as file:
+            yield from islice(file, self.lines)
+
+
+class _Stored(msgspec.Struct, frozen=True):
+    """The mark of a spool, and what was noted with it."""
+
+    mark: Mark = Mark()
+    note: Any = None
+
+
+def _hash_of(path: Path, length: int) -> Any:
+    """A running checksum of the first bytes of a file, read in pieces."""
+    found = hashlib.blake2b(digest_size=16)
+    if length and path.exists():
+        with path.open("rb") as file:
+            while length and (piece := file.read(min(length, 1 << 20))):
+                found.update(piece)
+                length -= len(piece)
+    return found

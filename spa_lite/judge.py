@@ -1,14 +1,13 @@
 """Step (b) of a round: which of the answers is better, by the model's own implicit reward (Eq. 7 and 8).
 
-The reward of an answer is log pi_policy / pi_reference, summed over its tokens. The other judges are
-controls: they see the same answers and leave their own label beside the same log-ratios.
+The reward of an answer is log pi_policy / pi_reference, summed over its tokens. Other judges (`spa_lite.judges`)
+see the same answers and leave their own numbers and label beside the same log-ratios.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -16,21 +15,15 @@ import numpy as np
 
 from spa_lite import objective
 from spa_lite.backend import Backend
-from spa_lite.errors import RecipeError
+from spa_lite.events import Report, silent, ticking
 from spa_lite.fit import halving
 from spa_lite.journal import Marked
-from spa_lite.keys import digest, generator
+from spa_lite.opinion import Judge, Opinion
 from spa_lite.recipe import Recipe
-from spa_lite.records import Completion, Judgement, Row, Sample, Side
-
-CHUNK = 256
-"""Samples scored together, so that a file of any length is judged in bounded memory."""
+from spa_lite.records import Judgement, Row, Sample, Side
 
 Scorer = Callable[[Sequence[Row]], list[tuple[float, ...]]]
 """Rows -> summed log-probability (nats) of each response."""
-
-Gold = Callable[[Sample, Completion], float | None]
-"""True quality of an answer where it is known (the lesson), else None."""
 
 
 def scorer(backend: Backend, role: str, tick: Callable[[], None] = lambda: None) -> Scorer:
@@ -63,28 +56,23 @@ def resumed(
     return known
 
 
+def asked(
+    path: Path, judge: Judge, samples: Sequence[Sample], report: Report = silent, stage: str = "judge", size: int = 64
+) -> list[Opinion]:
+    """A judge's opinions on samples, `size` at a time; those that a journal at `path` holds are not asked for again."""
+    journal = Marked(path)
+    known = [msgspec.json.decode(line, type=Opinion) for line in journal.kept]
+    tick = ticking(report, stage, len(samples), "pairs", len(known))
+    for start in range(len(known), len(samples), size):
+        found = judge(samples[start : start + size], tick)
+        journal.append(found)
+        known += found
+    return known
+
+
 def no_reference(rows: Sequence[Row]) -> list[tuple[float, ...]]:
     """The reference of `judge.reference=none`: every sum is 0, so the reward is the likelihood."""
     return [(0.0,) * len(row.responses) for row in rows]
-
-
-def judge_all(
-    samples: Sequence[Sample],
-    policy: Scorer,
-    reference: Scorer,
-    recipe: Recipe,
-    round_: int = 0,
-    gold: Gold | None = None,
-) -> list[Judgement]:
-    """Judge samples: first all policy sums, then all reference sums, so that the two may be different models.
-
-    Raises RecipeError for a gold judge without a gold rule.
-    """
-    if recipe.judge.by == "gold" and gold is None:
-        raise RecipeError("judge.by=gold needs a gold rule, which only the lesson has; use another --judge")
-    rows = rows_of(samples)
-    own, other = policy(rows), reference(rows)
-    return [decide(*triple, recipe, round_, gold) for triple in zip(samples, own, other, strict=True)]
 
 
 def rows_of(samples: Sequence[Sample]) -> list[Row]:
@@ -92,32 +80,15 @@ def rows_of(samples: Sequence[Sample]) -> list[Row]:
     return [Row(prompt=s.prompt_ids, responses=tuple(c.ids for c in s.completions)) for s in samples]
 
 
-def judge(
-    samples: Iterable[Sample],
-    policy: Scorer,
-    reference: Scorer,
-    recipe: Recipe,
-    round_: int = 0,
-    gold: Gold | None = None,
-) -> Iterator[Judgement]:
-    """The same in chunks: yield one Judgement per sample, in order, in bounded memory."""
-    iterator = iter(samples)
-    while chunk := list(islice(iterator, CHUNK)):
-        yield from judge_all(chunk, policy, reference, recipe, round_, gold)
-
-
 def decide(
-    sample: Sample,
-    policy: Sequence[float],
-    reference: Sequence[float],
-    recipe: Recipe,
-    round_: int = 0,
-    gold: Gold | None = None,
+    sample: Sample, policy: Sequence[float], reference: Sequence[float], opinion: Opinion, recipe: Recipe
 ) -> Judgement:
-    """Judge one sample. Of more than two answers the best and the worst become the pair."""
+    """One sample as the judge's opinion has it, beside the sums (nats) of its answers under policy and reference.
+
+    Of more than two answers the best and the worst become the pair.
+    """
     rewards = np.array(policy) - np.array(reference)
-    opinion = _opinion(sample, rewards, recipe, round_, gold)
-    best, worst = best_and_worst(opinion, recipe.judge.tie)
+    best, worst = best_and_worst(opinion.scores, recipe.judge.tie)
     a, b = sorted((best, worst))
     sides = [
         Side(text=c.text, ids=c.ids, ended=c.ended, policy=float(policy[i]), reference=float(reference[i]))
@@ -135,35 +106,26 @@ def decide(
         margin=float(margin),
         p=float(objective.preference(np.float64(margin))),
         label="a" if best == a else "b",
-        tie=bool(opinion[best] == opinion[worst]),
+        tie=opinion.scores[best] == opinion.scores[worst],
         tokens_a=len(sides[0].ids),
         tokens_b=len(sides[1].ids),
         judge=recipe.judge.by,
+        score_a=opinion.scores[a],
+        score_b=opinion.scores[b],
         extra=sample.extra,
     )
 
 
-def best_and_worst(rewards: Sequence[float], tie: str) -> tuple[int, int]:
-    """Indices of the best and the worst answer. At ties the later answer wins (tie = "b": Eq. 8 prefers the
-    first only if it is strictly better), or the earlier (tie = "a": the released code's stable sort)."""
-    order = sorted(range(len(rewards)), key=lambda i: (-rewards[i], -i if tie == "b" else i))
+def best_and_worst(scores: Sequence[float], tie: str) -> tuple[int, int]:
+    """Indices of the best and the worst answer."""
+    order = ranked(scores, tie)
     return order[0], order[-1]
 
 
-def _opinion(sample: Sample, rewards: Sequence[float], recipe: Recipe, round_: int, gold: Gold | None) -> list[float]:
-    """The judge's own number per answer; higher is better."""
-    if recipe.judge.by == "implicit":
-        return [float(r) for r in rewards]
-    if recipe.judge.by == "longest":
-        return [float(len(c.ids)) for c in sample.completions]
-    if recipe.judge.by == "random":
-        draws = generator(digest("judge", recipe.seed, round_, sample.id)).random(len(sample.completions))
-        return [float(d) for d in draws]
-    assert gold is not None
-    scores = [gold(sample, c) for c in sample.completions]
-    if any(s is None for s in scores):
-        raise RecipeError(f"judge.by=gold knows no truth about prompt {sample.id}; use another --judge")
-    return [float(s) for s in scores if s is not None]
+def ranked(scores: Sequence[float], tie: str) -> list[int]:
+    """Indices of the answers, best first. At ties the later answer wins (tie = "b": Eq. 8 prefers the first only
+    if it is strictly better), or the earlier (tie = "a": the released code's stable sort)."""
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], -i if tie == "b" else i))
 
 
 def counts(judgements: Sequence[Judgement]) -> dict[str, float]:

@@ -28,13 +28,14 @@ class Models:
         init_adapter: Path | None = None,
         policy_adapter: Path | None = None,
         load_reference: Callable[[], Backend] | None = None,
+        load_classifier: Callable[[str, str, bool], Any] | None = None,
     ) -> None:
         self._load, self._load_reference = load, load_reference
         self._backend: Backend | None = None
         self._fingerprint, self._reference_fingerprint = "", ""
         self._made_by: dict[str, Any] = {}
         self._micro: int | None = None
-        self.init_adapter, self.policy_adapter = init_adapter, policy_adapter
+        self.init_adapter, self.policy_adapter, self.load_classifier = init_adapter, policy_adapter, load_classifier
 
     @property
     def backend(self) -> Backend:

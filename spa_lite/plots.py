@@ -3,26 +3,18 @@ every time."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
-import textwrap
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spa_lite.compare import Cell, Comparison, Estimate, natural
-from spa_lite.files import write_atomic
+from spa_lite.figures import COLOURS, label, new, style, write_figure
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Told apart by colour-blind people too (M. Okabe and K. Ito, 2008); lines also differ in marker and dashes."""
 
 
 def plots(folder: Path, comparison: Comparison) -> list[Path]:
@@ -30,68 +22,28 @@ def plots(folder: Path, comparison: Comparison) -> list[Path]:
 
     Returns the files written: only plots for which there are numbers.
     """
-    import matplotlib
-
     drawings = {
         "cells": _draw_cells if any(comparison.headline in cell.estimates for cell in comparison.cells) else None,
         "rounds": _draw_rounds if len(_rounds(comparison)) > 1 else None,
         "grid": _draw_grid if _grid(comparison) else None,
     }
-    # Names are shown as they are, never as formulas; the salt and the missing dates make the bytes repeat.
-    style: dict[Any, Any] = {
-        "svg.hashsalt": "spa-lite",
-        "text.usetex": False,
-        "text.parse_math": False,
-        "font.size": 9.0,
-    }
     written = []
-    with matplotlib.rc_context(style), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the font has no sign for it: a box
+    with style():
         for name, draw in drawings.items():
             if draw is None:
                 (folder / f"{name}.svg").unlink(missing_ok=True)
                 (folder / f"{name}.png").unlink(missing_ok=True)
             else:
-                written += _save(folder / name, draw, comparison)
+                written += write_figure(draw(comparison), folder / name, ("svg", "png"), bbox_inches="tight")
     return written
-
-
-def _save(path: Path, draw: Callable[[Comparison], Figure], comparison: Comparison) -> list[Path]:
-    """Render a figure in both formats, without pyplot and its global state."""
-    figure, written = draw(comparison), []
-    for suffix, metadata in ((".svg", {"Date": None}), (".png", {"Software": None})):
-        content = io.BytesIO()
-        figure.savefig(content, format=suffix[1:], dpi=160, bbox_inches="tight", metadata=metadata)
-        written.append(path.with_suffix(suffix))
-        write_atomic(written[-1], content.getvalue())
-    return written
-
-
-def visible(text: str) -> str:
-    """Text with control characters and direction overrides shown instead of obeyed."""
-    return "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in text)
-
-
-def _label(text: str, width: int = 38) -> str:
-    """A cell's name, broken into at most four short lines."""
-    return "\n".join(textwrap.wrap(visible(text), width, max_lines=4, placeholder=" …")) or "(no name)"
 
 
 def _named(cell: Cell, comparison: Comparison) -> str:
-    return _label(f"{cell.name} (base)" if cell.name == comparison.base and cell.name != "base" else cell.name)
-
-
-def _new(width: float, height: float) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height))
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return label(f"{cell.name} (base)" if cell.name == comparison.base and cell.name != "base" else cell.name)
 
 
 def _title(comparison: Comparison) -> str:
-    return _label(str(comparison.about.get("name", "study")), 70)
+    return label(str(comparison.about.get("name", "study")), 70)
 
 
 def _quantity(comparison: Comparison) -> str:
@@ -101,9 +53,9 @@ def _quantity(comparison: Comparison) -> str:
 def _draw_cells(comparison: Comparison) -> Figure:
     """A line per cell, base on top: seeds as rings, mean and interval, and the numbers on the right."""
     labels = [_named(cell, comparison) for cell in comparison.cells]
-    heights = [max(1.0, 0.62 * (label.count("\n") + 1)) for label in labels]
+    heights = [max(1.0, 0.62 * (text.count("\n") + 1)) for text in labels]
     places = -np.cumsum(heights) + np.array(heights) / 2
-    figure, axes = _new(6.0, 0.9 + 0.36 * sum(heights))
+    figure, axes = new(6.0, 0.9 + 0.36 * sum(heights))
     for cell, y in zip(comparison.cells, places, strict=True):
         found = cell.estimates.get(comparison.headline)
         base = cell.name == comparison.base
@@ -145,7 +97,7 @@ def _rounds(comparison: Comparison) -> list[int]:
 def _draw_rounds(comparison: Comparison) -> Figure:
     """Means over seeds, a line per cell, the base thick; cells side by side within a round so that bars can be read."""
     rounds, cells = _rounds(comparison), comparison.cells
-    figure, axes = _new(6.0, max(3.4, 0.8 + 0.17 * sum(_named(cell, comparison).count("\n") + 1.6 for cell in cells)))
+    figure, axes = new(6.0, max(3.4, 0.8 + 0.17 * sum(_named(cell, comparison).count("\n") + 1.6 for cell in cells)))
     dashes, markers = ("-", "--", "-.", ":"), "sovP^X*d"
     for i, cell in enumerate(cells):
         known = [(r, e) for r in rounds if (e := cell.estimates.get(f"{comparison.headline}_round_{r}"))]
@@ -218,7 +170,7 @@ def _draw_grid(comparison: Comparison) -> Figure:
         if found := cell.estimates.get(comparison.headline):
             means[ys.index(y), xs.index(x)] = 100 * found.mean
     framed = any(cell.name == comparison.base for cell in spots.values())
-    figure, axes = _new(1.6 + 1.1 * len(xs), 1.2 + 0.6 * len(ys))
+    figure, axes = new(1.6 + 1.1 * len(xs), 1.2 + 0.6 * len(ys))
     axes.imshow(means, cmap=matplotlib.colormaps["cividis"], aspect="auto")
     for column, row in itertools.product(range(len(xs)), range(len(ys))):
         cell = spots[xs[column], ys[row]]
@@ -230,10 +182,10 @@ def _draw_grid(comparison: Comparison) -> Figure:
         if cell.name == comparison.base:
             place = (column - 0.46, row - 0.46)
             axes.add_patch(Rectangle(place, 0.92, 0.92, fill=False, edgecolor=colour, linewidth=1.6))
-    axes.set_xticks(range(len(xs)), [_label(x, 14) for x in xs])
-    axes.set_yticks(range(len(ys)), [_label(y, 20) for y in ys])
-    axes.set_xlabel(_label(across, 60))
-    axes.set_ylabel(_label(down, 24))
+    axes.set_xticks(range(len(xs)), [label(x, 14) for x in xs])
+    axes.set_yticks(range(len(ys)), [label(y, 20) for y in ys])
+    axes.set_xlabel(label(across, 60))
+    axes.set_ylabel(label(down, 24))
     axes.spines[:].set_visible(False)
     key = f"{_quantity(comparison)}\n± standard deviation over seeds" + ("; framed: base" if framed else "")
     axes.set_title(f"{_title(comparison)}\n{key}", loc="left", fontsize=9)

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spa_lite import data, encode
+from spa_lite import data, encode, judges
 from spa_lite.backend import Backend, ModelSettings
 from spa_lite.errors import DataError, RecipeError
 from spa_lite.evaluate import GoldRule
 from spa_lite.fit import batching_of
+from spa_lite.judges import LoadClassifier
 from spa_lite.models import Models
 from spa_lite.recipe import SETTINGS, Recipe, settings_of
 from spa_lite.records import Ids, Pair, Prompt, Row
@@ -51,8 +52,9 @@ def model_settings(recipe: Recipe, model: str | None = None) -> ModelSettings:
     )
 
 
-def models_of(recipe: Recipe, load: Loader) -> Models:
-    """Everything a run may need to load; nothing is loaded yet. `load` is `spa_lite.backends.load`."""
+def models_of(recipe: Recipe, load: Loader, load_classifier: LoadClassifier | None = None) -> Models:
+    """Everything a run may need to load; nothing is loaded yet. The loaders are those of `spa_lite.backends`; the
+    second is for `judge.by=reward-model`."""
     i = recipe.inputs
 
     def reference() -> Backend:
@@ -63,6 +65,7 @@ def models_of(recipe: Recipe, load: Loader) -> Models:
         init_adapter=Path(i.init_adapter) if i.init_adapter else None,
         policy_adapter=Path(i.adapter_path) if i.adapter_path else None,
         load_reference=reference if i.init_model else None,
+        load_classifier=load_classifier,
     )
 
 
@@ -97,6 +100,8 @@ def check_start(recipe: Recipe) -> None:
             "with --no-seed-pairs the judge's policy would equal its reference; "
             "give --adapter-path (the policy) or --init-model (the reference)"
         )
+    if recipe.rounds:
+        judges.check(recipe)
     if recipe.judge.by == "gold" and not is_lesson(recipe):
         raise RecipeError("judge.by=gold needs a gold rule, which only the lesson has; use another --judge")
 
@@ -203,7 +208,8 @@ def encode_all(raw: Raw, backend: Backend, recipe: Recipe) -> Data:
 def what_matters(recipe: Recipe) -> dict[str, Any]:
     """The settings that a result depends on, apart from the data."""
     values = settings_of(recipe)
-    return {s.path: values[s.path] for s in SETTINGS.values() if s.stages} | {"rounds": recipe.rounds}
+    alone = {path for path in SETTINGS if path in {"rounds", "measure.every"} or path.startswith("stop.")}
+    return {s.path: values[s.path] for s in SETTINGS.values() if s.stages or s.path in alone}
 
 
 def run_name(recipe: Recipe, models: Models, data: Data) -> str:

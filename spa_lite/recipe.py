@@ -147,8 +147,14 @@ class SamplingSettings:
 class JudgeSettings:
     """Who labels the pairs."""
 
-    by: Literal["implicit", "random", "longest", "gold"] = setting(
-        "implicit", "implicit (Eq. 7); controls: random, longest, gold (lesson only).", "judge", flag="--judge"
+    by: Literal[
+        "implicit", "likelihood", "self-pair", "self-score", "reward-model", "openai", "random", "longest", "gold"
+    ] = setting(
+        "implicit",
+        "implicit (Eq. 7), likelihood, self-pair, self-score, reward-model, openai; controls: random, longest, "
+        "gold (lesson only).",
+        "judge",
+        flag="--judge",
     )
     reference: Literal["init", "lagged", "none"] = setting(
         "init", "init: pi_init; lagged: pi_{i-2}; none: likelihood alone.", "judge", flag="--judge-reference"
@@ -158,6 +164,25 @@ class JudgeSettings:
     )
     identical: Literal["drop", "keep"] = setting(
         "drop", "Pairs of identical answers: drop (and count) or keep.", "judge", flag="--identical"
+    )
+    length_penalty: Nonnegative = setting(
+        0.0,
+        "Taken off an answer's reward per token (Eq. 13; the paper: 0.001 to 0.01).",
+        "judge",
+        flag="--length-penalty",
+    )
+    model: str | None = setting(
+        None,
+        "The model of reward-model (a folder or hub name) or openai (the server's name for it).",
+        flag="--judge-model",
+    )
+    url: str | None = setting(
+        None, "Address of the openai judge, such as http://127.0.0.1:8080/v1.", flag="--judge-url"
+    )
+    prompt: str | None = setting(
+        None,
+        "File with the question put to self-pair, self-score or openai; none: a shipped one.",
+        flag="--judge-prompt",
     )
 
 
@@ -238,11 +263,39 @@ class Batching:
 
 @dataclass(frozen=True)
 class Measure:
-    """What is measured after every stage."""
+    """What is measured, and how often."""
 
+    every: Literal["round", "end"] = setting(
+        "round", "Measure after every round, or only before the first stage and at the end.", flag="--eval-every"
+    )
     prompts: Natural = setting(400, "Held-out prompts answered (lesson).", "measure", flag="--measure-prompts")
     pairs: Natural = setting(500, "Held-out pairs judged, at most.", "measure", flag="--measure-pairs")
     bootstrap: Count = setting(2000, "Resamples of the paired bootstrap.", "measure", flag="--bootstrap")
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Signs that another round will not help. Each is a warning; with action=stop it also ends the run."""
+
+    action: Literal["warn", "stop"] = setting(
+        "warn", "What a stop rule does: warn, or stop after the round.", flag="--stop-rules"
+    )
+    displacement: Positive = setting(
+        1.0, "Nats of log-probability that chosen answers may lose in a training stage.", flag="--stop-displacement"
+    )
+    length_growth: Positive = setting(
+        1.5,
+        "Mean answer length over that of the first round (or of init, where it is measured).",
+        flag="--stop-length-growth",
+    )
+    agreement: Fraction = setting(
+        0.98,
+        "Share of a round's labels that the trained policy agrees with: near 1 there is nothing left to learn.",
+        flag="--stop-agreement",
+    )
+    accuracy_drop: Fraction = setting(
+        0.1, "Held-out accuracy (or win rate) lost against the best round so far.", flag="--stop-accuracy-drop"
+    )
 
 
 @dataclass(frozen=True)
@@ -283,6 +336,7 @@ class Recipe:
     train: Train = field(default_factory=Train)
     batching: Batching = field(default_factory=Batching)
     measure: Measure = field(default_factory=Measure)
+    stop: Stop = field(default_factory=Stop)
     lesson: Lesson = field(default_factory=Lesson)
 
     def get(self, path: str) -> Any:
@@ -500,6 +554,10 @@ def check(recipe: Recipe) -> None:
         raise RecipeError(
             f"lengths.max_length={r.lengths.max_length} leaves no room after lengths.max_prompt_length="
             f"{r.lengths.max_prompt_length}; raise the first or lower the second"
+        )
+    if r.judge.length_penalty and r.judge.by in {"self-pair", "openai", "random", "longest", "gold"}:
+        raise RecipeError(
+            f"judge.length_penalty needs a judge with a reward per answer, and judge.by={r.judge.by} has none"
         )
     if r.inputs.no_seed_pairs and r.inputs.seed_pairs:
         raise RecipeError("inputs.seed_pairs and inputs.no_seed_pairs exclude each other; give one")

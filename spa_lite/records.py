@@ -106,8 +106,9 @@ class Judgement(Record, frozen=True, kw_only=True):
     """Two answers to one prompt and which one the judge prefers. One line of `judgements.jsonl`.
 
     `margin` is beta * (logratio_a - logratio_b), `p` its sigmoid: the probability that a is better
-    (Eq. 7). `label` is "a" or "b". For judges that read no log-probability (random, longest, gold)
-    margin and p still report the log-ratios they were given, and `label` is the judge's own.
+    (Eq. 7). `label` is "a" or "b". Judges other than implicit label by numbers of their own, `score_a`
+    and `score_b` (higher is better; None in files of older versions); margin and p still report the
+    log-ratios.
     """
 
     id: str
@@ -124,6 +125,8 @@ class Judgement(Record, frozen=True, kw_only=True):
     tokens_a: int
     tokens_b: int
     judge: str = "implicit"
+    score_a: float | None = None
+    score_b: float | None = None
     extra: dict[str, Any] = {}
 
     @property

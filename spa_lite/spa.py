@@ -45,6 +45,8 @@ def spa(shop: Workshop) -> Policy:
         judgements = shop.judge(i, samples, policy, lagged=earlier[-2] if i > 1 else None)
         policy = shop.train(i, judgements, policy)
         shop.measure(f"rounds/{i}", policy)
+        if shop.enough(i, policy):
+            break
         earlier.append(policy)
 
     return policy

@@ -7,17 +7,19 @@ came out. A policy is named by the stage that made it, so a key never depends on
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from contextlib import nullcontext as alone
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from spa_lite import backend as contract
-from spa_lite import evaluate, objective
+from spa_lite import evaluate, objective, stop
 from spa_lite.backend import INIT, POLICY, Backend
 from spa_lite.checkpoint import Checkpoints
 from spa_lite.errors import DataError, ModelError
@@ -27,7 +29,9 @@ from spa_lite.events import Event, Report, silent, ticking
 from spa_lite.files import lines_of, move, share, write_json
 from spa_lite.fit import Remembered
 from spa_lite.journal import Journal, Marked
-from spa_lite.judge import Scorer, counts, decide, no_reference, resumed, rows_of
+from spa_lite.judge import Scorer, asked, counts, decide, no_reference, resumed, rows_of
+from spa_lite.judges import TABLE, depends, open_judge
+from spa_lite.lint_samples import Findings, Tally
 from spa_lite.models import Models, Tick
 from spa_lite.recipe import Recipe, for_round, settings_of, that_matter
 from spa_lite.records import Completion, Judgement, Pair, Row, Sample
@@ -64,8 +68,10 @@ class Workshop:
         self.summaries: dict[str, dict[str, dict[str, Any]]] = {}
         self.init = Policy(models.init_adapter, digest(["init", folder_digest(models.init_adapter)]))
         self.sizes = Remembered(run.folder, settings_of(recipe.batching))
+        self.stopped: str | None = None  # the round after which a stop rule ended the run
         self._report = report
         run.report = report
+        run.meter = lambda: models.loaded.peak_memory(reset=True) if models.loaded else None
 
     # -- stages ------------------------------------------------------------------------------------------------
 
@@ -95,10 +101,17 @@ class Workshop:
             backend = self._bind(policy.adapter)
             self._answer(backend, part / "samples.jsonl", prompts, i, f"round {i} sample")
             tokens = capped = 0
+            seen = Tally()
             for answer in read_samples(part / "samples.jsonl"):
                 tokens += sum(len(c.ids) for c in answer.completions)
                 capped += sum(c.ended == "cap" for c in answer.completions)
-            return {"prompts": len(prompts), "tokens": tokens, "capped": capped}
+                seen.add(answer)
+            return {
+                "prompts": len(prompts),
+                "tokens": tokens,
+                "capped": capped,
+                "lint": seen.findings().to_dict(),
+            }
 
         inputs = {"policy": policy.key, "prompts": digest(prompts), "round": str(i)}
         return self._once(self._stage(f"rounds/{i}", "sample", ("samples.jsonl",), inputs, len(prompts)), work)
@@ -113,13 +126,21 @@ class Workshop:
             pile = list(read_samples(self.run.path(samples, "samples.jsonl")))
             rows = rows_of(pile)
             own = self._sums(part / "policy.jsonl", rows, lambda tick: alone(self.models.scorer(POLICY, tick)), name)
-            other = self._sums(part / "reference.jsonl", rows, reference, f"{name} reference")
             gold = evaluate.gold_of(self.data.gold) if self.data.gold else None
-            judged = [decide(*triple, self.recipe, i, gold) for triple in zip(pile, own, other, strict=True)]
+            opinions = None
+            if not TABLE[self.recipe.judge.by].sums:  # asked now: a whole other model may take the policy's place
+                loader, replies = self.models.load_classifier, part / "replies"
+                judge = open_judge(self.recipe, self.models, loader, gold=gold, round_=i, cache=replies)
+                opinions = asked(part / "opinions.jsonl", judge, pile, self.report, f"{name} opinions")
+            other = self._sums(part / "reference.jsonl", rows, reference, f"{name} reference")
+            if opinions is None:
+                opinions = open_judge(self.recipe, self.models, sums=(lambda _: own, lambda _: other))(pile)
+            judged = [decide(*each, self.recipe) for each in zip(pile, own, other, opinions, strict=True)]
             Journal(part / "judgements.jsonl").append(judged)
             return counts(judged)
 
         inputs = {"samples": samples.key, "policy": policy.key, "reference": reference_key, "round": str(i)}
+        inputs |= depends(self.recipe)
         return self._once(self._stage(f"rounds/{i}", "judge", ("judgements.jsonl",), inputs, samples.size), work)
 
     def train(self, i: int, judgements: Stage, policy: Policy) -> Policy:
@@ -144,6 +165,21 @@ class Workshop:
 
     def measure(self, folder: str, policy: Policy | None) -> None:
         """Held-out measures of a policy (None: pi_init): gold of its answers where known, accuracy on human pairs."""
+        if policy and self.recipe.measure.every == "end" and folder != f"rounds/{self.recipe.rounds}":
+            return
+        self._measure(folder, policy)
+
+    def enough(self, i: int, policy: Policy) -> bool:
+        """Whether a stop rule ends the run after round i; what is measured at the end is measured then."""
+        found = stop.signs(self.rows, self.recipe)
+        if not found or self.recipe.stop.action == "warn" or i == self.recipe.rounds:
+            return False
+        self.stopped = f"round {i}"
+        self.report(Event(f"round {i}", note=f"stopping here (stop.action=stop): {'; '.join(found)}"))
+        self._measure(f"rounds/{i}", policy)
+        return True
+
+    def _measure(self, folder: str, policy: Policy | None) -> None:
         who = policy or self.init
         baseline, name = self._baseline() if policy else None, f"{self.row_name(folder)} measure"
         prompts, pairs = self.data.held_out_prompts, self.data.held_out_pairs
@@ -226,6 +262,16 @@ class Workshop:
             "label_accuracy": {name: interval.to_dict() for name, interval in agreement.items()},
             "flags": evaluate.wrong_flags(judgements, flagged, self.data.gold),
         }
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The table so far: a row per folder of stages, with all that their summaries say."""
+        rows = []
+        for folder, kinds in self.summaries.items():
+            row = {"stage": self.row_name(folder), "folder": folder, **kinds.get("measure", {})}
+            row |= {"judged": kinds.get("judge"), "sampled": kinds.get("sample")}
+            rows.append(row | {"trained": kinds.get("train") or kinds.get("seed") or {}})
+        return rows
 
     def row_name(self, folder: str) -> str:
         """What people call the stage whose result lies in that folder."""
@@ -373,26 +419,16 @@ def read_judgements(path: Path) -> list[Judgement]:
 
 def summarise_run(shop: Workshop, policy: Policy) -> dict[str, Any]:
     """Gather the stages into rows for the table, write summary.json, and put the final adapter at the top."""
-    rows = []
-    for folder, kinds in shop.summaries.items():
-        measured, trained = kinds.get("measure", {}), kinds.get("train") or kinds.get("seed") or {}
-        name = shop.row_name(folder)
-        rows.append(
-            {
-                "stage": name,
-                "folder": folder,
-                **measured,
-                "judged": kinds.get("judge"),
-                "sampled": kinds.get("sample"),
-                "trained": trained,
-            }
-        )
+    rows = shop.rows
     summary = {
         "recipe": shop.recipe.name,
         "scale": shop.recipe.scale,
         "rows": rows,
-        "warnings": warnings(rows) + several_makers(shop.run.makers),
+        "best": stop.best(rows),
+        "stopped": shop.stopped,
+        "warnings": warnings(rows, shop.recipe) + several_makers(shop.run.makers),
         "notes": shop.data.notes,
+        "versions": versions(shop.models.made_by.get("backend", "")),
     }
     top = shop.run.folder
     write_json(top / "summary.json", summary)
@@ -402,6 +438,19 @@ def summarise_run(shop: Workshop, policy: Policy) -> dict[str, Any]:
             share(file, top / "adapter" / f".{file.name}")
             move(top / "adapter" / f".{file.name}", top / "adapter" / file.name)
     return summary
+
+
+LIBRARIES = {"torch": ("torch", "transformers", "peft"), "mlx": ("mlx", "mlx-lm", "transformers")}
+"""What a result may depend on beside the program itself, by backend."""
+
+
+def versions(backend: str) -> dict[str, str]:
+    """Versions of Python, spa-lite, NumPy and the backend's libraries, as far as they are installed as packages."""
+    found = {"python": platform.python_version()}
+    for name in ("spa-lite", "numpy", *LIBRARIES.get(backend, ())):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def several_makers(makers: dict[str, dict[str, Any]]) -> list[str]:
@@ -416,11 +465,15 @@ def several_makers(makers: dict[str, dict[str, Any]]) -> list[str]:
     return [f"the stages of this run were not all computed on the same machine or backend: {'; '.join(parts)}"]
 
 
-def warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What a user should know before trusting the result: labels near chance, length as the judge, displacement."""
-    found = []
-    for row in rows:
+def warnings(rows: Sequence[dict[str, Any]], recipe: Recipe) -> list[str]:
+    """What a user should know before trusting the result: labels near chance, length as the judge, signs to stop."""
+    found, before = [], None
+    for i, row in enumerate(rows):
         judged, trained = row.get("judged") or {}, row.get("trained") or {}
+        lint = (row.get("sampled") or {}).get("lint")
+        if lint:
+            found += [f"{row['stage']}: {sentence}" for sentence in Findings(**lint).warnings(before)]
+            before = lint
         right = (row.get("label_accuracy") or {}).get("score")
         if right and right["high"] < 0.5:
             found.append(
@@ -429,11 +482,7 @@ def warnings(rows: Sequence[dict[str, Any]]) -> list[str]:
         if judged.get("unequal_lengths", 0) >= 50 and not 0.2 < judged["longer_wins"] < 0.8:
             way = "longer" if judged["longer_wins"] > 0.5 else "shorter"
             found.append(f"{row['stage']}: the judge almost always prefers the {way} answer; length may be all it sees")
-        if (trained.get("logratio_chosen") or 0.0) < -1.0:
-            found.append(
-                f"{row['stage']}: chosen answers lost {-trained['logratio_chosen']:.1f} nats of log-probability "
-                "(displacement); lower the learning rate or the number of epochs"
-            )
+        found += stop.signs(rows[: i + 1], recipe)
         if trained.get("skipped"):
             found.append(
                 f"{row['stage']}: {trained['skipped']} training steps were skipped because they were not finite"

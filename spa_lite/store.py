@@ -26,7 +26,7 @@ from spa_lite.library import Library, read_marker
 from spa_lite.lock import locked
 from spa_lite.recipe import Recipe, write_recipe
 
-VERSION = 2
+VERSION = 3
 """Raised by hand whenever a stage computes something else from the same key."""
 FORMAT = 2
 """Of a run folder. Raised by hand whenever older folders must not be read as they are."""
@@ -74,6 +74,7 @@ class Run:
         self.makers: dict[str, dict[str, Any]] = {}
         self.keys: dict[str, str] = {}  # title of a stage -> its key
         self.report: Report = silent
+        self.meter: Callable[[], int | None] = lambda: None  # the most bytes taken since it was asked last
         self._contents: dict[str, str] = {}  # key of a stage -> digest of what came out
         self._make()
 
@@ -216,7 +217,7 @@ class Run:
     def _compute(self, stage: Stage, work: Callable[[Path], dict[str, Any]], made_by: dict[str, Any]) -> dict[str, Any]:
         part = self._begin(stage, made_by)
         begun_by = read_json(part / "begun.json")["made_by"]
-        with timed(part / "spent.json") as spent:
+        with measured(part / "spent.json", self.meter) as spent:
             summary = work(part)
         done = {
             "key": stage.key,
@@ -291,7 +292,7 @@ class Run:
         )
 
     def spent(self, folder: str) -> dict[str, dict[str, float]]:
-        """Seconds and CPU seconds per stage kind, from a file that holds nothing else: results stay free of clocks."""
+        """Seconds, CPU seconds and peak bytes per stage kind, from a file of its own: results stay free of clocks."""
         path = self.folder / folder / "timings.json"
         try:
             return dict(read_json(path)) if path.exists() else {}
@@ -314,17 +315,22 @@ def check_format(folder: Path) -> None:
 
 
 @contextmanager
-def timed(path: Path) -> Iterator[dict[str, float]]:
-    """Measure seconds and CPU seconds of a block, together with those of interrupted attempts (kept at `path`)."""
+def measured(path: Path, meter: Callable[[], int | None]) -> Iterator[dict[str, float]]:
+    """Measure seconds, CPU seconds and, where `meter` knows, the peak memory (bytes) of a block, together with those of
+    interrupted attempts (kept at `path`)."""
     try:
         before = dict(read_json(path)) if path.exists() else {}
     except RunError:
         before = {}
     wall, cpu = time.monotonic(), time.process_time()
+    meter()
     spent: dict[str, float] = {}
     try:
         yield spent
     finally:
         spent["seconds"] = round(before.get("seconds", 0.0) + time.monotonic() - wall, 3)
         spent["cpu"] = round(before.get("cpu", 0.0) + time.process_time() - cpu, 3)
+        peak = meter()
+        if peak is not None:
+            spent["peak"] = max(before.get("peak", 0), peak)
         write_json(path, spent)

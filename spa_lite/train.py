@@ -172,6 +172,7 @@ def step_line(step: int, epoch: int, rate: float, ids: Sequence[str], stats: Ste
     chosen, rejected = stats.logp[0::2], stats.logp[1::2]
     ref_chosen, ref_rejected = stats.reference[0::2], stats.reference[1::2]
     margins = stats.metrics.get("margin", np.zeros(0))
+    extrapolated = stats.metrics.get("extrapolated_margin", np.zeros(0))
     softened = stats.metrics.get("softened", np.zeros(len(ids)))
     taus = stats.metrics.get("tau", np.full(1, np.nan))
     return {
@@ -183,11 +184,15 @@ def step_line(step: int, epoch: int, rate: float, ids: Sequence[str], stats: Ste
         "skipped": stats.skipped,
         "margin": finite(np.mean(margins)) if len(margins) else None,
         "accuracy": finite(np.mean(margins > 0)) if len(margins) else None,
+        "logp_chosen": finite(np.mean(chosen)),
+        "logp_rejected": finite(np.mean(rejected)),
         "logratio_chosen": finite(np.mean(chosen - ref_chosen)),
         "logratio_rejected": finite(np.mean(rejected - ref_rejected)),
         "tau": finite(taus[0]) if len(taus) else None,
         "tokens": stats.tokens,
         "ids": list(ids),
+        "margins": [finite(m) for m in margins],
+        "extrapolated_margins": [finite(m) for m in extrapolated],
         "flagged": [i for i, z in zip(ids, softened, strict=True) if z > 0],
     }
 
@@ -212,6 +217,7 @@ def summarise(lines: Sequence[dict[str, Any]], skipped: int) -> dict[str, Any]:
         "skipped": skipped,
         "first_loss": lines[0]["loss"] if lines else None,
         "loss": tail("loss"),
+        "accuracy": tail("accuracy"),
         "logratio_chosen": tail("logratio_chosen"),
         "logratio_rejected": tail("logratio_rejected"),
         "pairs_seen": seen,

@@ -206,6 +206,15 @@ def texts(drawn: Sequence[Sequence[Completion]]) -> list[list[tuple[Ids, str]]]:
 class Numerics:
     """What may depend on a model's architecture: run on every model."""
 
+    def test_a_long_prompt_beside_a_short_one(self, subject: Subject) -> None:
+        """Together they would be padded beyond the context, where some models have no positions."""
+        backend = subject.fresh()
+        short = prompts(backend)[0]
+        asked = [(short * backend.context)[: backend.context - 3], short]
+        sampling, key = Sampling(1.0, 1.0, 8), names(2, 1)
+        alone = [draw(backend, [prompt], [own], sampling)[0] for prompt, own in zip(asked, key, strict=True)]
+        assert texts(draw(backend, asked, key, sampling)) == texts(alone)
+
     def test_a_score_is_what_the_sampler_recorded(self, subject: Subject) -> None:
         backend = subject.moved()
         asked = prompts(backend)
@@ -579,6 +588,10 @@ class Bookkeeping:
         backend = subject.fresh()
         found = [backend.free_memory(), backend.peak_memory()]
         assert found == [None, None] or all(size is not None and size > 0 for size in found)
+        most = backend.peak_memory(reset=True)
+        since = backend.peak_memory()
+        assert (most is None) == (since is None)
+        assert most is None or since is None or since <= most
 
     def test_it_describes_itself(self, subject: Subject) -> None:
         backend = subject.fresh()

@@ -49,7 +49,7 @@ def spawn(args: Sequence[str], **kwargs: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 
-RUN = ["run", *TOY, *QUICK, "--seed-pairs", "pairs.jsonl", "--prompts", "prompts.jsonl"]
+RUN = ["run", *TOY, *QUICK, "--seed-pairs", "pairs.jsonl", "--prompts", "prompts.jsonl", "--no-report"]
 
 
 def test_run_makes_a_table_and_a_folder(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -132,15 +132,26 @@ def test_by_hand_equals_run(here: Path, capfd: pytest.CaptureFixture[str]) -> No
             *same[:4],
             "--scale",
             "laptop",
-            "--rounds",
-            "2",
             "--adapter-path",
             f"{i - 1}/adapter",
             "--round",
             str(i),
         ]
         assert (
-            call(capfd, "sample", *policy, "--max-tokens", "12", "--prompts", "prompts.jsonl", "-o", "s.jsonl")[0] == 0
+            call(
+                capfd,
+                "sample",
+                *policy,
+                "--rounds",
+                "2",
+                "--max-tokens",
+                "12",
+                "--prompts",
+                "prompts.jsonl",
+                "-o",
+                "s.jsonl",
+            )[0]
+            == 0
         )
         assert call(capfd, "judge", "s.jsonl", *policy, "-o", "j.jsonl")[0] == 0
         assert call(capfd, "train", "j.jsonl", *policy, *QUICK[2:], "--out", str(i))[0] == 0
@@ -175,7 +186,7 @@ def test_judge_pairs(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     found = [json.loads(line) for line in out.splitlines()]
     assert len(found) == 40
     names = ["id", "logratio_a", "logratio_b", "margin", "p", "label", "tie", "tokens_a", "tokens_b"]
-    assert all(list(record) == names for record in found)
+    assert all(set(names) <= set(record) for record in found)
     for record in found:
         assert record["margin"] == pytest.approx(0.1 * (record["logratio_a"] - record["logratio_b"]))
         assert record["label"] == ("a" if record["margin"] > 0 else "b")
@@ -299,7 +310,7 @@ def newest(here: Path) -> str:
 def test_a_path_that_cannot_be_written_is_one_sentence(here: Path) -> None:
     """Wherever it happens, and with nothing of Python's own words."""
     (here / "file").write_text("")
-    for words in (["ablate", *RUN[1:], "--vary", "refine.K=0.1", "--out", "file/study"], [*RUN, "--out", "file/run"]):
+    for words in (["ablate", *RUN[1:-1], "--vary", "refine.K=0.1", "--out", "file/study"], [*RUN, "--out", "file/run"]):
         with spawn(words, cwd=here) as process:
             _, err = process.communicate()
         assert process.returncode == 1

@@ -193,12 +193,32 @@ def test_candidates_come_as_letters_or_as_a_labelled_pair(put: Callable[..., Pat
         line(prompt="4", a=[assistant("x")], b=[assistant("y")], label=1),
         line(prompt="5", chosen="x", rejected="y"),
         line(prompt="6", a="x", b="x"),
+        line(prompt="7", responses=["x", "y", "z"], note=2),
+        line(prompt="7", responses=["x", "y", "z"], best=2),
+        line(prompt="7", responses=["x", "y", "z"], label=1),
+        line(prompt="7", responses=["x", "y", "z"], ranking=[1, 2, 0]),
+        line(prompt="7", responses=["x", "y", "z"], best=2, note=3),
     ]
     found, report = read_candidates(put(b"".join(rows)))
-    assert [gold for _, _, _, gold in found] == [None, "b", "a", "b", "a", None]
-    assert all((a, b) == ("x", "y") for _, a, b, _ in found[:5])
+    assert [c.gold for c in found] == [(), (1,), (0,), (1,), (0,), (), (), (2,), (1,), (1, 2, 0)]
+    assert all(c.answers == ("x", "y") for c in found[:5])
+    assert found[6].answers == ("x", "y", "z")
     assert (found[0].prompt.id, found[0].prompt.extra) == ("first", {"note": 1})
-    assert report.kept == 6
+    assert found[6].prompt.extra == {"note": 2}
+    assert (report.kept, report.repeated) == (10, 1)
+
+
+def test_candidates_know_their_row(put: Callable[..., Path]) -> None:
+    """Blank lines are no records; bad ones and repeats are."""
+    rows = [
+        line(prompt="1", a="x", b="y"),
+        b"\n",
+        b"bad\n",
+        line(prompt="1", a="x", b="y"),
+        line(prompt="2", a="x", b="y"),
+    ]
+    found, _ = read_candidates(put(b"".join(rows)), skip_bad=True)
+    assert [c.row for c in found] == [1, 4]
 
 
 @pytest.mark.parametrize(
@@ -210,6 +230,16 @@ def test_candidates_come_as_letters_or_as_a_labelled_pair(put: Callable[..., Pat
         ({"prompt": "Q", "a": "x", "b": "y", "label": "c"}, 'write "a" or 0'),
         ({"prompt": "Q", "a": "x", "b": "y", "label": True}, 'write "a" or 0'),
         ({"prompt": "Q", "a": "x", "b": "x", "label": "a"}, "drop the label"),
+        ({"prompt": "Q", "responses": "x"}, "write a list of texts"),
+        ({"prompt": "Q", "responses": ["x"]}, "give two or more"),
+        ({"prompt": "Q", "responses": ["x", 1]}, "answer 1 of `responses` is a number"),
+        ({"prompt": "Q", "responses": ["x", "y"], "best": 2}, "the answers are 0 to 1"),
+        ({"prompt": "Q", "responses": ["x", "y"], "best": -1}, "the answers are 0 to 1"),
+        ({"prompt": "Q", "responses": ["x", "y"], "best": True}, "the best answer's index"),
+        ({"prompt": "Q", "responses": ["x", "y"], "ranking": [1]}, "name each of 0 to 1 once"),
+        ({"prompt": "Q", "responses": ["x", "y"], "ranking": 1}, "a list of indices"),
+        ({"prompt": "Q", "responses": ["x", "y"], "best": 0, "label": 0}, "keep one of them"),
+        ({"prompt": "Q", "responses": ["x", "x"], "best": 0}, "occurs twice"),
     ],
 )
 def test_bad_candidates_are_refused(fields: dict[str, Any], words: str, put: Callable[..., Path]) -> None:

@@ -221,6 +221,7 @@ def test_whoever_loads_an_adapter_checks_it(command: str, toys: Path, capfd: pyt
 def test_both_adapters_are_checked(toys: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """--init-adapter as well; the same folder once."""
     words = ["judge", "pairs.jsonl", "--backend", "toy", "--model", "toy", "--adapter-path", "good"]
+    words += ["--judge-reference", "none"]  # a policy is not compared with itself
     shutil.copytree("good", "start")
     code, _, err = call(capfd, *words, "--init-adapter", "start")
     assert code == 0

@@ -73,7 +73,7 @@ def test_no_gold_inside_a_round(run: tuple[Path, str]) -> None:
 
 def test_the_gold_control(run: tuple[Path, str], tmp_path: Path) -> None:
     """judge.by=gold agrees with gold on every pair whose gold differs: the ceiling."""
-    done = spa_lite("run", *TINY, "--rounds", "1", "--judge", "gold", "--json", cwd=tmp_path)
+    done = spa_lite("run", *TINY, "--rounds", "1", "--judge", "gold", "--json", "--no-report", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout)["rows"][-1]
     assert row["label_accuracy"]["score"]["value"] == 1.0
@@ -85,7 +85,7 @@ def test_the_gold_control(run: tuple[Path, str], tmp_path: Path) -> None:
 )
 def test_lesson_sizes_matter(run: tuple[Path, str], tmp_path: Path, flag: str, value: str, count: int) -> None:
     """How many held-out prompts, and which."""
-    done = spa_lite("run", *TINY, "--rounds", "0", flag, value, "--out", "x", cwd=tmp_path)
+    done = spa_lite("run", *TINY, "--rounds", "0", flag, value, "--out", "x", "--no-report", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     answers = lines(tmp_path / "x/init/answers.jsonl")
     assert len(answers) == count
@@ -112,7 +112,7 @@ def test_judge_on_a_fresh_machine(tmp_path: Path) -> None:
 
 def test_the_method_from_python(tmp_path: Path) -> None:
     """An adapter of a finished run judges as it did when it was trained."""
-    done = spa_lite("run", *TINY, "--rounds", "1", "--out", "run", cwd=tmp_path)
+    done = spa_lite("run", *TINY, "--rounds", "1", "--out", "run", "--no-report", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     samples = tmp_path / "run/rounds/1/samples.jsonl"
     adapter = str(tmp_path / "run/rounds/0/adapter")

@@ -30,6 +30,7 @@ from tests.small import lines
 
 ROOT = Path(__file__).parent.parent
 TINY = [
+    "--no-report",
     "--lesson-seed-pairs",
     "6",
     "--lesson-prompts",

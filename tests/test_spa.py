@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spa_lite import objective
+from spa_lite import backends, objective, prepare
 from spa_lite.backend import INIT, POLICY, PREVIOUS
 from spa_lite.errors import DataError, ModelError, RecipeError, SpaError, StaleRun, TrainingDiverged
 from spa_lite.events import Event
 from spa_lite.judge import decide
-from spa_lite.recipe import SETTINGS
-from spa_lite.records import Completion, Sample
+from spa_lite.judges import open_judge
+from spa_lite.recipe import SETTINGS, Recipe
+from spa_lite.records import Completion, Judgement, Sample
 from spa_lite.stages import read_judgements, read_samples, several_makers
 from tests.small import lines, load, results, run_small, small_recipe, start, write_data
 
@@ -232,6 +233,9 @@ CHANGES: dict[str, Any] = {
     "judge.reference": "none",
     "judge.tie": "a",
     "judge.identical": "keep",
+    "judge.length_penalty": 3.0,
+    "measure.every": "end",
+    "stop.action": "stop",
     "loss.beta": 0.5,
     "refine.alpha": 0.4,
     "refine.K": 0.6,
@@ -283,6 +287,13 @@ SHOWN_ELSEWHERE = {
     "measure.prompts": "test_lesson_run",
     "measure.pairs": "here",
     "measure.bootstrap": "test_evaluate",
+    "judge.model": "test_run_judges",
+    "judge.url": "test_judges",
+    "judge.prompt": "test_run_judges",
+    "stop.displacement": "test_stop",
+    "stop.length_growth": "test_stop",
+    "stop.agreement": "test_stop",
+    "stop.accuracy_drop": "test_stop",
     "lesson.seed_pairs": "test_lesson_run",
     "lesson.prompts": "test_lesson_run",
     "lesson.held_out": "test_lesson_run",
@@ -301,7 +312,7 @@ def outcome(folder: Path, files: dict[str, str], changes: dict[str, Any]) -> Any
         run_small(folder, small_recipe(files, changes))
     except SpaError as error:
         return str(error)
-    return results(folder)
+    return results(folder) | {"measured": (folder / "rounds/1/measure.done.json").exists()}
 
 
 BESIDE: dict[str, dict[str, Any]] = {
@@ -312,6 +323,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "refine.lambda_decay": {"refine.lambda": 1.0},
     "refine.before_full": {"refine.warmup": 0.0},
     "refine.rule": {"refine.before_full": "zero"},
+    "stop.action": {"stop.agreement": 0.1},
 }
 
 
@@ -383,6 +395,13 @@ def sample_of(*texts: str) -> Sample:
     return Sample(id="s", messages=(), prompt_ids=(1,), completions=answers)
 
 
+def judged(sample: Sample, policy: list[float], reference: list[float], recipe: Recipe) -> Judgement:
+    """What the recipe's judge makes of sums that are known."""
+    models = prepare.models_of(recipe, backends.load)
+    judge = open_judge(recipe, models, sums=(lambda rows: [tuple(policy)], lambda rows: [tuple(reference)]))
+    return decide(sample, policy, reference, judge([sample])[0], recipe)
+
+
 BY_HAND: list[tuple[dict[str, Any], list[float], str]] = [
     ({}, [-3.0, -5.0], "a"),
     ({}, [-5.0, -3.0], "b"),
@@ -396,7 +415,7 @@ BY_HAND: list[tuple[dict[str, Any], list[float], str]] = [
 @pytest.mark.parametrize(("settings", "policy", "label"), BY_HAND)
 def test_decisions_by_hand(files: dict[str, str], settings: dict[str, Any], policy: list[float], label: str) -> None:
     """Eq. 7 and 8 on numbers a reader can check."""
-    j = decide(sample_of("short", "longer one"), policy, [-4.0, -4.0], small_recipe(files, settings))
+    j = judged(sample_of("short", "longer one"), policy, [-4.0, -4.0], small_recipe(files, settings))
     assert j.label == label
     assert j.margin == pytest.approx(0.1 * (policy[0] - policy[1]))
     assert j.p == pytest.approx(1 / (1 + math.exp(-j.margin)))
@@ -406,7 +425,7 @@ def test_decisions_by_hand(files: dict[str, str], settings: dict[str, Any], poli
 
 def test_best_and_worst_of_many(files: dict[str, str]) -> None:
     """With n > 2 the best and the worst make the pair, in sample order."""
-    j = decide(sample_of("a", "b", "c", "d"), [-3.0, -1.0, -9.0, -2.0], [0.0] * 4, small_recipe(files))
+    j = judged(sample_of("a", "b", "c", "d"), [-3.0, -1.0, -9.0, -2.0], [0.0] * 4, small_recipe(files))
     assert (j.a.text, j.b.text, j.label) == ("b", "c", "a")
 
 

@@ -1,0 +1,1 @@
+"""Pages and parts of pages, for jinja2 with autoescape."""
