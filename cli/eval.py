@@ -98,7 +98,7 @@ def evaluate(
     mode = which_mode(a, b, bench, {name for name, value in files.items() if value})
     check_read(mode, given, run)
     if package:
-        from spa_lite.alpaca_package import check_installed
+        from spa_lite.benches.alpaca_package import check_installed
 
         check_installed()
     layers = (given, set_ or [], config, recipe, scale)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spa_lite import alpaca, alpaca_files
+from spa_lite.benches import alpaca, alpaca_files
 from spa_lite.files import digest_file
 
 
@@ -43,7 +43,7 @@ def by_package(annotations: Sequence[dict[str, Any]], lc_data: str | None) -> di
 
     It joins difficulties by position, so it gets them only for all 805 prompts in official order.
     """
-    from spa_lite import alpaca_package
+    from spa_lite.benches import alpaca_package
 
     pairs = [(str(a.get("instruction")), str(a.get("output_1"))) for a in annotations]
     if lc_data is None or alpaca_files.official(pairs) is None:

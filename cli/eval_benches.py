@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from spa_lite import alpaca, alpaca_files, data, knowledge, mt_bench, mt_bench_files
-from spa_lite.alpaca_files import Output
+from spa_lite import data
 from spa_lite.answers import Side
+from spa_lite.benches import alpaca, alpaca_files, knowledge, mt_bench, mt_bench_files
+from spa_lite.benches.alpaca_files import Output
+from spa_lite.benches.knowledge import Outcome
 from spa_lite.cli import render
 from spa_lite.cli.eval_annotations import by_package
 from spa_lite.cli.eval_head_to_head import read_prompts
@@ -19,7 +21,6 @@ from spa_lite.errors import ModelError, RecipeError
 from spa_lite.events import ticking
 from spa_lite.files import digest_file
 from spa_lite.head_to_head import head_to_head
-from spa_lite.knowledge import Outcome
 from spa_lite.records import Prompt
 from spa_lite.stages import folder_digest
 from spa_lite.store import digest

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from spa_lite.lint import Hit, Length, Lint
-    from spa_lite.lint_tokens import Anatomy, Mask, Token
+    from spa_lite.lint.tokens import Anatomy, Mask, Token
 
 LONGEST = 160
 """Characters of an example that are shown."""
@@ -182,7 +182,7 @@ def _length(length: Length) -> str:
 
 def _samples(found: Mapping[str, float]) -> None:
     from spa_lite.cli.render import note, out
-    from spa_lite.lint_samples import Findings
+    from spa_lite.lint.samples import Findings
 
     out.print(", ".join(f"{name} {value:.6g}" for name, value in found.items()))
     for warning in Findings(**found).warnings():  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ from spa_lite.fit import Remembered
 from spa_lite.journal import Journal, Marked
 from spa_lite.judge import Scorer, asked, counts, decide, no_reference, resumed, rows_of
 from spa_lite.judges import TABLE, depends, open_judge
-from spa_lite.lint_samples import Findings, Tally
+from spa_lite.lint.samples import Findings, Tally
 from spa_lite.models import Models, Tick
 from spa_lite.recipe import Recipe, for_round, settings_of, that_matter
 from spa_lite.records import Completion, Judgement, Pair, Row, Sample

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spa_lite import alpaca, alpaca_files
-from spa_lite.alpaca_files import Output
-from spa_lite.alpaca_package import run_annotations, run_package
+from spa_lite.benches import alpaca, alpaca_files
+from spa_lite.benches.alpaca_files import Output
+from spa_lite.benches.alpaca_package import run_annotations, run_package
 from spa_lite.errors import BackendMissing, DataError, JudgeError
 from spa_lite.length_control import NO_DIFFICULTY, Rows, length_controlled
 from spa_lite.opinion import Opinion, Tick, Verdict, compared

@@ -19,7 +19,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spa_lite import alpaca, alpaca_files, data, describe, knowledge, lint, mt_bench_files, reading, sources
+from spa_lite import data, describe, lint, reading, sources
+from spa_lite.benches import alpaca, alpaca_files, knowledge, mt_bench_files
 from spa_lite.errors import SpaError
 
 NAMES = [

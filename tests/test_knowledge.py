@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from spa_lite.backend import ModelSettings
 from spa_lite.backends.toy import ToyBackend
-from spa_lite.errors import DataError
-from spa_lite.knowledge import (
+from spa_lite.benches.knowledge import (
     INSTRUCTION,
     RULES,
     Choices,
@@ -33,6 +32,7 @@ from spa_lite.knowledge import (
     solve,
     summarise,
 )
+from spa_lite.errors import DataError
 from spa_lite.lesson import world
 from spa_lite.records import Completion, Message, Row
 

@@ -11,16 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spa_lite import lint_near, lint_text
 from spa_lite.backend import ModelSettings
 from spa_lite.backends.anatomy import Anatomy
 from spa_lite.errors import DataError
 from spa_lite.keys import digest, generator
 from spa_lite.lesson import MODEL_DIR
 from spa_lite.lint import Hit, Lint, lint, lint_pairs, lint_prompts, lint_samples
-from spa_lite.lint_near import Near, alike
-from spa_lite.lint_samples import WINDOW, Findings
-from spa_lite.lint_text import boilerplate, mix_up, open_block, special_strings, stops_short, think_tags
+from spa_lite.lint import near as lint_near
+from spa_lite.lint import text as lint_text
+from spa_lite.lint.near import Near, alike
+from spa_lite.lint.samples import WINDOW, Findings
+from spa_lite.lint.text import boilerplate, mix_up, open_block, special_strings, stops_short, think_tags
 from spa_lite.records import Completion, Ended, Message, Pair, Prompt, Sample
 
 

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from spa_lite import mt_bench, mt_bench_files
 from spa_lite.backend import ModelSettings
 from spa_lite.backends.toy import ToyBackend
-from spa_lite.bench import Reply
+from spa_lite.benches import mt_bench, mt_bench_files
+from spa_lite.benches.mt_bench import Answered, Grade, answer_questions, grade, rating_of, summarise
+from spa_lite.benches.mt_bench_files import Files, Question, Template, own_prompts, read, read_prompts, read_questions
+from spa_lite.benches.shared import Reply
 from spa_lite.errors import DataError
-from spa_lite.mt_bench import Answered, Grade, answer_questions, grade, rating_of, summarise
-from spa_lite.mt_bench_files import Files, Question, Template, own_prompts, read, read_prompts, read_questions
 from spa_lite.opinion import Tick
 from spa_lite.recipe import Recipe
 from spa_lite.records import Message

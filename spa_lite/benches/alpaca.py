@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from spa_lite import alpaca_files, intervals
-from spa_lite.alpaca_files import PROMPTS, Official, Output, Source, key_of
+from spa_lite import intervals
+from spa_lite.benches import alpaca_files
+from spa_lite.benches.alpaca_files import PROMPTS, Official, Output, Source, key_of
 from spa_lite.errors import DataError
 from spa_lite.intervals import Interval
 from spa_lite.length_control import LengthControlled, length_controlled

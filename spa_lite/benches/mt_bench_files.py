@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from spa_lite import bench
+from spa_lite.benches import shared
 from spa_lite.errors import DataError
 from spa_lite.records import Message, Record
 from spa_lite.sources import BadRecord, Fields, Source
@@ -134,7 +134,7 @@ def read_questions(source: Source) -> list[Question]:
         seen.add(question.question_id)
         return question
 
-    return bench.items(source, parse)
+    return shared.items(source, parse)
 
 
 class _NamedTemplate(Template, frozen=True, kw_only=True):
@@ -163,7 +163,7 @@ def read_prompts(source: Source) -> dict[Way, Template]:
             raise BadRecord("type", f"the prompt {found.name} asks for {found.output_format}; only [[rating]] is read")
         return way, Template(prompt_template=found.prompt_template, system_prompt=found.system_prompt)
 
-    found = dict(item for item in bench.items(source, parse) if item)
+    found = dict(item for item in shared.items(source, parse) if item)
     for way, name in WAYS.items():
         if way not in found:
             raise DataError(f"{source}: there is no prompt named {name}; get FastChat's judge_prompts.jsonl again")
@@ -192,7 +192,7 @@ class _Reference(Record, frozen=True, kw_only=True):
 
 def read_references(source: Source) -> dict[str, tuple[str, str]]:
     """Two reference answers by question, from an answer file of FastChat's. Raises DataError."""
-    lines = bench.items(source, lambda fields: msgspec.convert(_named(fields), _Reference))
+    lines = shared.items(source, lambda fields: msgspec.convert(_named(fields), _Reference))
     both = {line.question_id: line.choices[0].turns for line in lines}
     return {name: (str(first), str(second)) for name, (first, second) in both.items()}
 

@@ -16,10 +16,11 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from spa_lite import bench, intervals
+from spa_lite import intervals
 from spa_lite.asking import without_thinking
 from spa_lite.backend import POLICY, Backend, Sampling
-from spa_lite.bench import Kept, Reply
+from spa_lite.benches import shared
+from spa_lite.benches.shared import Kept, Reply
 from spa_lite.errors import DataError
 from spa_lite.judge import scorer
 from spa_lite.keys import digest
@@ -115,7 +116,7 @@ def read_problems(source: Source) -> list[Problem]:
             raise BadRecord("missing", "`answer` has no number after ####; end it with a line like #### 42")
         return Problem(id=_name(names, question), question=question, number=number)
 
-    return bench.items(source, parse)
+    return shared.items(source, parse)
 
 
 def solve(
@@ -135,7 +136,7 @@ def solve(
     """
     prompts = [Prompt(id=problem.id, messages=_ask(problem.question + INSTRUCTION)) for problem in problems]
     greedy = Sampling(temperature=0.0, top_p=1.0, max_tokens=max_tokens)
-    replies = bench.generate(backend, prompts, greedy, 0, model=model, role=role, kept=Kept(cache), tick=tick)
+    replies = shared.generate(backend, prompts, greedy, 0, model=model, role=role, kept=Kept(cache), tick=tick)
     return [_solved(problem, reply) for problem, reply in zip(problems, replies, strict=True)]
 
 
@@ -208,7 +209,7 @@ def read_choices(source: Source) -> list[Choices]:
         answer = _index(given, labels)
         return Choices(id=_name(names, question, *texts), question=question, choices=tuple(texts), answer=answer)
 
-    return bench.items(source, parse)
+    return shared.items(source, parse)
 
 
 class _Labelled(msgspec.Struct):

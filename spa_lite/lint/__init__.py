@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from spa_lite import lint_text as look
 from spa_lite import sources
 from spa_lite.data import KINDS as UNUSABLE
 from spa_lite.errors import DataError
 from spa_lite.intervals import wilson
-from spa_lite.lint_near import MOST, Near, alike
-from spa_lite.lint_samples import Findings, Tally, lint_samples
-from spa_lite.lint_tokens import Anatomy, Mask, TokenChecks, mask
+from spa_lite.lint import text as look
+from spa_lite.lint.near import MOST, Near, alike
+from spa_lite.lint.samples import Findings, Tally, lint_samples
+from spa_lite.lint.tokens import Anatomy, Mask, TokenChecks, mask
 from spa_lite.reading import Item, Row, rows
 from spa_lite.records import Pair, Prompt, Record
 from spa_lite.sources import BadRecord, Place, Source

@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import msgspec
 
-from spa_lite import bench
 from spa_lite.asking import Asked, without_thinking
 from spa_lite.backend import POLICY, Backend, Sampling
-from spa_lite.bench import Kept, Reply
+from spa_lite.benches import shared
+from spa_lite.benches.mt_bench_files import Files, Question, Template, Turn, Way
+from spa_lite.benches.shared import Kept, Reply
 from spa_lite.intervals import cluster_bootstrap
-from spa_lite.mt_bench_files import Files, Question, Template, Turn, Way
 from spa_lite.opinion import Tick
 from spa_lite.recipe import Recipe
 from spa_lite.records import Message, Prompt, Record
@@ -77,7 +77,7 @@ def answer_questions(
         found: dict[str, Reply | None] = {}
         for temperature in sorted({temperature_of(question) for question, _ in prompts}):
             some = [(q, messages) for q, messages in prompts if temperature_of(q) == temperature]
-            replies = bench.generate(
+            replies = shared.generate(
                 backend,
                 [Prompt(id=f"mt-bench {q.question_id} turn {number}", messages=messages) for q, messages in some],
                 Sampling(temperature=temperature, top_p=1.0, max_tokens=max_tokens),
@@ -159,9 +159,9 @@ def grade(
     }
     for _ in range(len(turns) - len(questions)):
         tick()
-    first = dict(zip(questions, bench.ask(asked, list(questions.values()), max_tokens, kept, tick), strict=True))
+    first = dict(zip(questions, shared.ask(asked, list(questions.values()), max_tokens, kept, tick), strict=True))
     again = {i: _reminded(questions[i]) for i, reply in first.items() if reply and rating_of(reply) is None}
-    second = dict(zip(again, bench.ask(asked, list(again.values()), max_tokens, kept), strict=True))
+    second = dict(zip(again, shared.ask(asked, list(again.values()), max_tokens, kept), strict=True))
     return [turn.graded(asked.name, second.get(i) or first.get(i, ""), i in second) for i, turn in enumerate(turns)]
 
 

@@ -1,8 +1,8 @@
 """The real alpaca-eval package (the extra `alpaca`), with a judge of ours as its annotator and without the network.
 
-The package runs in a process of its own, `python -m spa_lite.alpaca_package FOLDER`: importing it reads `.env` files
-and changes global settings of logging and scikit-learn. The judge has been asked before, so what crosses over is a
-table of preferences; the package asks for them through its own prompts, in the order it draws, and computes its
+The package runs in a process of its own, `python -m spa_lite.benches.alpaca_package FOLDER`: importing it reads `.env`
+files and changes global settings of logging and scikit-learn. The judge has been asked before, so what crosses over is
+a table of preferences; the package asks for them through its own prompts, in the order it draws, and computes its
 numbers. Left to itself it would look for data on its hub, keep verdicts by the judge's name alone and write into its
 own folder.
 """
@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import spa_lite
-from spa_lite import alpaca, alpaca_files
-from spa_lite.alpaca_files import LENGTH_DATA, Output, Source
+from spa_lite.benches import alpaca, alpaca_files
+from spa_lite.benches.alpaca_files import LENGTH_DATA, Output, Source
 from spa_lite.errors import BackendMissing, DataError, JudgeError, SpaError
 from spa_lite.opinion import Judge, Tick
 
