@@ -33,6 +33,8 @@ TEMPLATES = {"plain": PLAIN}
 FIXED_DATE = "26 Jul 2024"
 FIXED_CLOCK = "{% macro strftime_now(form) %}{{ '26 July 2024' if '%B' in form else '26 Jul 2024' }}{% endmacro %}"
 PROBE_QUESTION, PROBE_ANSWER = "Which colour?", "Ultramarine-4711"
+NO_LIMIT = 2**40
+"""Tokens of a text. Whoever runs the model or counts tokens looks at lengths, so the library need not warn of them."""
 MARK = "\ue000{}\ue001"
 """Stands for a special token's string in somebody's text while the template is rendered (private-use characters)."""
 
@@ -61,6 +63,7 @@ class ChatTokenizer:
         strings = set(tokenizer.all_special_tokens) | {str(token) for token in added.values() if token.special}
         self._strings = sorted(strings, key=lambda text: (-len(text), text))
         self._find = re.compile("|".join(map(re.escape, self._strings)) or r"(?!)")
+        tokenizer.model_max_length = NO_LIMIT
         self._adds_bos = _adds_bos(tokenizer)
         self._lead, tail = self._probe()
         self._end = self._end_of_turn(tail)
@@ -94,16 +97,34 @@ class ChatTokenizer:
 
         The answer is tokenised where it stands, after the prompt, unless a token would straddle the border.
         """
-        prompt, quoted = self._prompt_text(messages)
-        answer = self._lead + self._quote(self._without_end(text), quoted)
-        before, both = self._encode(prompt, quoted), self._encode(prompt + answer, quoted)
-        ids = both[len(before) :] if both[: len(before)] == before else self._encode(answer, quoted, bos=False)
-        return (*ids, self._end)
+        before, both = self.together(messages, text)
+        if both[: len(before)] == before:
+            return (*both[len(before) :], self._end)
+        _, answer, quoted = self._texts(messages, text)
+        return (*self._encode(answer, quoted, bos=False), self._end)
+
+    def together(self, messages: Sequence[Message], text: str) -> tuple[Ids, Ids]:
+        """Ids of a prompt alone, and of prompt and answer as one text, without an end-of-turn id.
+
+        Where the first is not the beginning of the second, a token would straddle the border between the two.
+        """
+        prompt, answer, quoted = self._texts(messages, text)
+        return self._encode(prompt, quoted), self._encode(prompt + answer, quoted)
+
+    @property
+    def control_tokens(self) -> dict[int, str]:
+        """Id and string of every special token."""
+        return {i: str(self._tokenizer.convert_ids_to_tokens(i)) for i in sorted(self._specials)}
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+    def _texts(self, messages: Sequence[Message], text: str) -> tuple[str, str, list[str]]:
+        """The rendered prompt, the answer as it follows it, and the special-token strings in both."""
+        prompt, quoted = self._prompt_text(messages)
+        return prompt, self._lead + self._quote(self._without_end(text), quoted), quoted
 
     def _prompt_text(self, messages: Sequence[Message]) -> tuple[str, list[str]]:
         """The rendered prompt, with marks for special-token strings in what people wrote, and those strings."""

@@ -94,6 +94,9 @@ def _folder(name: str, code: bool) -> Path:
 
 def _sequence_classifier(name: str, folder: Path, config: Any, extra: dict[str, Any]) -> nn.Module:
     """The model with its head, both read from the folder: an absent head would be filled with random numbers."""
+    kinds = getattr(config, "architectures", None) or ()
+    if config.num_labels != 1 and kinds and not any("Classification" in kind for kind in kinds):
+        raise ModelError(f"{name} is no reward model but a {kinds[0]}; give --judge-model a sequence classifier")
     if config.num_labels != 1:
         labels = ", ".join(str(config.id2label[i]) for i in sorted(config.id2label))
         raise ModelError(

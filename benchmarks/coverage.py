@@ -16,13 +16,23 @@ from pathlib import Path
 
 import numpy as np
 
-from spa_lite.intervals import RESAMPLES, Floats, Interval, bootstrap, cluster_bootstrap, coverage, share, wilson
+from spa_lite.intervals import (
+    RESAMPLES,
+    Floats,
+    Interval,
+    bootstrap,
+    cluster_bootstrap,
+    coverage,
+    difference,
+    share,
+    wilson,
+)
 from spa_lite.length_control import Rows, length_controlled
 
 SIZES = (25, 50, 100, 400, 805)
 LC_SIZES = (50, 100, 400, 805)
 LC_RESAMPLES = 400
-QUESTIONS = 80
+QUESTIONS, CATEGORY = 80, 10
 SHORT = 0.93
 LENGTH, DIFFICULTY, INTERCEPT = 1.2, 0.8, -0.6
 """Coefficients of the model that wins are drawn from."""
@@ -78,9 +88,14 @@ def rows(trials: int) -> Iterator[Row]:
             yield "bootstrap", data, n, simulate(partial(bootstrapped, population, n), truth, trials)
         for n in SIZES[:3]:
             yield "as printed", data, n, simulate(partial(printed, population, n), truth, trials)
+    for gained, lost in ((0.08, 0.03), (0.02, 0.01)):
+        for n in SIZES:
+            draw = partial(paired, n=n, gained=gained, lost=lost)
+            yield "paired difference", f"{gained:.0%} gained, {lost:.0%} lost", n, simulate(draw, gained - lost, trials)
     for clustered, name in ((True, "bootstrap over questions"), (False, "bootstrap over grades (not used)")):
-        draw = partial(grades, clustered=clustered)
-        yield name, f"{QUESTIONS} questions, two grades each, correlation 0.5", QUESTIONS, simulate(draw, 0.0, trials)
+        for n in (QUESTIONS, CATEGORY) if clustered else (QUESTIONS,):
+            draw = partial(grades, n=n, clustered=clustered)
+            yield name, f"{n} questions, two grades each, correlation 0.5", n, simulate(draw, 0.0, trials)
     for n in LC_SIZES:
         held = simulate(partial(controlled, n=n), sigmoid(INTERCEPT), trials // 4)
         yield "LC (no difficulty)", "answers 1 sd longer", n, held
@@ -135,11 +150,17 @@ def soft(a: float, b: float, rng: np.random.Generator, n: int) -> Floats:
     return rng.beta(a, b, size=n)
 
 
-def grades(rng: np.random.Generator, clustered: bool) -> Interval | None:
+def paired(rng: np.random.Generator, n: int, gained: float, lost: float) -> Interval | None:
+    """Questions that are right after a change, wrong before it, or the other way round; most stay as they are."""
+    change = rng.choice([1.0, -1.0, 0.0], size=n, p=[gained, lost, 1 - gained - lost])
+    return difference(np.maximum(change, 0), np.maximum(-change, 0), seed_of(rng))
+
+
+def grades(rng: np.random.Generator, n: int, clustered: bool) -> Interval | None:
     """The mean grade of two turns of each question; sd 2.5, correlation 0.5."""
     sd = 2.5 / math.sqrt(2)
-    values = (rng.normal(0, sd, (QUESTIONS, 1)) + rng.normal(0, sd, (QUESTIONS, 2))).ravel()
-    names = np.repeat(np.arange(QUESTIONS), 2) if clustered else np.arange(2 * QUESTIONS)
+    values = (rng.normal(0, sd, (n, 1)) + rng.normal(0, sd, (n, 2))).ravel()
+    names = np.repeat(np.arange(n), 2) if clustered else np.arange(2 * n)
     return cluster_bootstrap(list(values), list(names), seed_of(rng))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -167,6 +168,16 @@ def anatomy(model: str, **settings: Any) -> Anatomy:
     return Anatomy(ModelSettings(name, **settings))
 
 
+class _Screen(io.RawIOBase):
+    """A terminal: what it would obey is shown, as an escape that JSON has for it, too."""
+
+    def write(self, line: Any, /) -> int:
+        from spa_lite.cli.render import out, safe
+
+        out.print(safe(line.decode()), end="")
+        return len(line)
+
+
 def _write(items: Iterable[Item], form: str, target: str) -> Converted:
     """Write records in a form to a file or to stdout."""
     from spa_lite.convert import Converted, converted, write, write_lines
@@ -174,8 +185,8 @@ def _write(items: Iterable[Item], form: str, target: str) -> Converted:
     told = Converted()
     records = converted(items, form, told)
     if target == "-":
-        write_lines(sys.stdout.buffer, records, told)
-        sys.stdout.buffer.flush()
+        write_lines(_Screen() if sys.stdout.isatty() else sys.stdout.buffer, records, told)
+        sys.stdout.flush()
     else:
         write(Path(target), records, told)
     return told

@@ -181,7 +181,11 @@ def check_read(mode: str, given: Mapping[str, Any], run: str | None) -> None:
     if mode == "annotations" and run:
         odd.append("--run")
     if odd:
-        what = {"held-out": "held-out pairs", "knowledge": "a knowledge check", "annotations": "--from-annotations"}
+        what = {
+            "held-out": "measuring held-out pairs",
+            "knowledge": "a knowledge check",
+            "annotations": "--from-annotations",
+        }
         raise RecipeError(
             f"{what.get(mode, f'--bench {mode}')} does not read {odd[0]}; leave it out (or give --a and --b)"
         )

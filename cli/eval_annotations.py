@@ -34,8 +34,7 @@ def annotated(
     if not package:
         return found
     records = alpaca_files.read_records(file)
-    chosen = [r for r in records if generator in {None, r["generator_2"]} and annotator in {None, r["annotator"]}]
-    return found | {"package": by_package(chosen, lc_data)}
+    return found | {"package": by_package(alpaca.of_one(records, generator, annotator, file), lc_data)}
 
 
 def by_package(annotations: Sequence[dict[str, Any]], lc_data: str | None) -> dict[str, Any]:

@@ -72,14 +72,14 @@ def alpaca_bench(
     score = alpaca.score(annotations, lc_data, official, seed=r.seed)
     found |= {"title": f"alpaca: {who.name} by {judge.name}", "judge": {"name": judge.name, "key": judge.key}}
     found |= {"result": score.to_dict(), "orders": shown.to_dict()["orders"]}
-    found |= {"warnings": [*score.notes, *unmatched(matched), *shown.warnings, *own_judge(r, [who])]}
+    found |= {"warnings": [*score.notes, *unmatched(matched, official), *shown.warnings, *own_judge(r, [who])]}
     return found | ({"package": by_package(annotations, lc_data)} if package else {})
 
 
-def unmatched(matched: alpaca.Matched) -> list[str]:
-    """Say so where answers or references are left out."""
+def unmatched(matched: alpaca.Matched, official: alpaca_files.Official | None) -> list[str]:
+    """Say so where answers or references are left out; the score itself names official prompts that are missing."""
     counts = {
-        "prompts of the references were not answered": matched.unanswered,
+        "prompts of the references were not answered": [] if official else matched.unanswered,
         "answers have no reference": matched.unknown,
     }
     return [f"{len(left_out)} {what}" for what, left_out in counts.items() if left_out]
@@ -91,7 +91,7 @@ def alpaca_prompts(work: Work, references: Sequence[Output]) -> list[Prompt]:
     if not (work.asked_for("inputs.prompts") and r.inputs.prompts):
         found = alpaca_files.prompts_of(references)
     elif Path(r.inputs.prompts).suffix == ".json":
-        found = alpaca_files.prompts_of(alpaca_files.read_outputs(r.inputs.prompts))
+        found = alpaca_files.read_prompts(r.inputs.prompts)
     else:
         found = read_prompts(r.inputs.prompts, r.inputs.skip_bad)
     return found[: work.limit]
@@ -207,9 +207,25 @@ def known(
         "data": digest_file(Path(file)),
         "sides": [described(work, who) for who in sides],
         "rules": rules,
-        "warnings": [],
+        "warnings": uncounted(sides, rules),
         **circumstances(work),
     }
+
+
+def uncounted(sides: Sequence[Side], rules: dict[str, Any]) -> list[str]:
+    """What is missing from the shares of right answers; all rules are about the same replies."""
+    whats = {
+        "skipped": "questions that did not fit into the model's context",
+        "unread": "replies without a number (they count as wrong)",
+        "cut": "replies cut by their length cap",
+    }
+    told = next(iter(rules.values()))["sides"]
+    return [
+        f"{who.name}: {one[key]} {what}"
+        for who, one in zip(sides, told, strict=True)
+        for key, what in whats.items()
+        if one[key]
+    ]
 
 
 def before_and_after(work: Work, a: str | None, b: str | None) -> list[Side]:

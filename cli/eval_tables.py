@@ -111,17 +111,17 @@ def alpaca_tables(found: Mapping[str, Any]) -> list[Table]:
         ["AlpacaEval", "value", *(["alpaca-eval"] if theirs else [])],
     )
 
-    def row(name: str, value: str, key: str = "") -> None:
-        made.add_row(name, value, *([number(theirs.get(key))] if theirs else []))
+    def row(name: str, value: str, key: str = "", digits: int = 2) -> None:
+        made.add_row(name, value, *([number(theirs.get(key), digits)] if theirs else []))
 
     row("judge", safe(result["annotator"]))
-    row("prompts", str(result["n"]), "n_total")
+    row("prompts", str(result["n"]), "n_total", 0)
     row("win rate %", percent(result["win_rate"]), "win_rate")
     row("standard error", number(None if error is None else 100 * error), "standard_error")
     row("wins and ties only %", percent(result["discrete_win_rate"]), "discrete_win_rate")
     row(f"{lc['name']} %", percent(lc["interval"]), "length_controlled_winrate")
     row("won, lost, drawn", f"{result['wins']}, {result['losses']}, {result['draws']}")
-    row("length, reference -> model", f"{result['reference_length']:.0f} -> {result['length']:.0f}", "avg_length")
+    row("length, reference -> model", f"{result['reference_length']:.0f} -> {result['length']:.0f}", "avg_length", 0)
     _orders(made, found.get("orders"))
     return [made]
 

@@ -9,10 +9,10 @@ import typer
 
 from spa_lite.cli.main import app
 from spa_lite.cli.options import Config, Named, Round, Scale, Sets, command, resolve
-from spa_lite.cli.policy import bind, limits, with_policy
+from spa_lite.cli.policy import GROUPS, bind, limits, with_policy
 from spa_lite.cli.run import default_scale
 from spa_lite.cli.streams import holds, local
-from spa_lite.errors import DataError, RecipeError
+from spa_lite.errors import DataError, RecipeError, RunError
 
 if TYPE_CHECKING:
     from spa_lite.explain import Answer, Explanation, Term
@@ -23,7 +23,7 @@ ABOVE, BELOW = "bold on #1d4ed8", "underline on #b45309"
 """Tokens that the policy likes better than the reference does, and less: blue and orange, bold and underlined."""
 
 
-@command(app, "explain", ["seed", "inputs", "model", "lengths", "judge", "loss", "refine", "batching"])
+@command(app, "explain", ["seed", *GROUPS, "judge", "loss", "refine", "batching.micro", "batching.score"])
 def explain(
     given: dict[str, Any],
     source: Annotated[
@@ -52,6 +52,9 @@ def explain(
 
     if row is None:
         raise RecipeError(f"which pair of {source}? Give --row N; the first record is 1")
+    if html and (html.is_dir() or not html.absolute().parent.is_dir()):
+        reason = "it is a folder" if html.is_dir() else "there is no such folder"
+        raise RunError(f"cannot write {html}: {reason}; check the path of --html")
     with local(source) as path:
         found = _explained(path, source, row, given, (round_, config, recipe, scale, set_))
     if html:
@@ -75,7 +78,8 @@ def _explained(path: Path, source: str, row: int, given: dict[str, Any], options
             raise RecipeError("the settings of a run's pair are the run's; name a model to try others")
         return explain_sources.explain_run(path, row, lambda r: prepare.models_of(r, backends.load).backend, changes)
     round_, config, recipe, scale, set_ = options
-    r, _ = resolve(with_policy(given), set_ or [], config, recipe, scale, default_scale)
+    settings = set_ or [], config, recipe, scale, default_scale
+    r, _ = resolve(with_policy(given, resolve(given, *settings)[0]), *settings)
     check(r)
     backend = prepare.models_of(r, backends.load).backend
     bind(backend, r)
@@ -98,7 +102,9 @@ def resolve_line(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(r: Recipe) -> None:
-    """Policy and reference must differ, and must be states of one model."""
+    """Policy and reference must differ, and must be states of one model; other judges have no token's credit."""
+    if r.judge.by != "implicit":
+        raise RecipeError(f"explain shows the implicit reward, not --judge {r.judge.by}; leave --judge out")
     if r.inputs.init_model:
         raise RecipeError(
             "explain needs policy and reference on one model; leave --init-model out, give --init-adapter"

@@ -10,10 +10,10 @@ import typer
 
 from spa_lite.cli.main import app
 from spa_lite.cli.options import Config, Named, Output, Round, Scale, Sets, command, resolve
-from spa_lite.cli.policy import bind, with_policy
+from spa_lite.cli.policy import GROUPS, bind, with_policy
 from spa_lite.cli.run import default_scale
 from spa_lite.cli.streams import count_lines, holds, local
-from spa_lite.errors import RecipeError, RunError
+from spa_lite.errors import ModelError, RecipeError, RunError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from spa_lite.recipe import Recipe
 
 
-@command(app, "judge", ["seed", "inputs", "model", "lengths", "judge", "loss", "batching"])
+@command(app, "judge", ["seed", *GROUPS, "judge", "loss", "batching.score", "batching.sample"])
 def judge(
     given: dict[str, Any],
     source: Annotated[
@@ -65,13 +65,16 @@ def judge(
     kind = judges.check(r)
     if fresh and output == "-":
         raise RecipeError("--fresh is about FILE.part, and nothing is kept of what goes to stdout; give -o FILE too")
+    if replies and r.judge.by != "openai":
+        raise RecipeError(f"--replies keeps what a server says, and --judge {r.judge.by} asks none; leave it out")
     if summary and not summary.absolute().parent.is_dir():
         raise RunError(f"cannot write {summary}: there is no such folder; check the path of --summary")
     with local(source) as path:
         is_samples = holds(path, "completions")
         if kind.policy or full or is_samples:
-            r, _ = resolve(with_policy(given), set_ or [], config, recipe, scale, default_scale)
+            r, _ = resolve(with_policy(given, r), set_ or [], config, recipe, scale, default_scale)
             check_policy(r)
+            check_reference(r)
         with render.progress() as report:
             job = judging.Job(
                 path,
@@ -101,16 +104,42 @@ def judge(
 
 def check_policy(r: Recipe) -> None:
     """Raise RecipeError where the implicit reward would compare a policy with itself."""
+    from spa_lite.lesson import MODEL_DIR
     from spa_lite.stages import folder_digest
 
     i = r.inputs
-    if r.judge.by != "implicit" or r.judge.reference == "none" or i.init_model:
+    if r.judge.by != "implicit" or r.judge.reference == "none":
         return
     one, other = (Path(folder) if folder else None for folder in (i.adapter_path, i.init_adapter))
-    if one is None or folder_digest(one) == folder_digest(other):
+    if i.init_model:
+        same = (one or other) is None and Path(i.init_model).resolve() == Path(i.model or MODEL_DIR).resolve()
+    else:
+        same = one is None or folder_digest(one) == folder_digest(other)
+    if same:
         raise RecipeError(
             "the judge's policy equals its reference; give --adapter-path, --init-model or --judge-reference none"
         )
+
+
+def check_reference(r: Recipe) -> None:
+    """Raise ModelError if the other model is not there, or reads text differently: hours before its turn comes."""
+    from spa_lite import backends, models, prepare
+
+    other = r.inputs.init_model
+    name, _ = backends.choose(r.inputs.backend)
+    if not other or name not in {"torch", "mlx"}:
+        return
+    from spa_lite.backends.model_folder import check_name
+    from spa_lite.backends.outline import outline
+
+    try:
+        check_name(other)
+    except ModelError as error:
+        raise ModelError(str(error).replace("--model", "--init-model")) from error
+    both = prepare.model_settings(r), prepare.model_settings(r, other)
+    if all(Path(settings.model).is_dir() for settings in both):  # of what is still to be fetched nothing is known
+        ours, theirs = (outline(name, settings) for settings in both)
+        models.check_vocabulary(models.vocabulary(ours), theirs)
 
 
 def to_stdout(job: Job) -> Progress:
@@ -140,6 +169,7 @@ def to_file(job: Job, output: Path, fresh: bool) -> Progress:
 def say(job: Job, done: Progress) -> None:
     """What came out, on stderr: counts in sentences, and tables where there are gold labels."""
     from spa_lite.cli import render
+    from spa_lite.verdict import NO_GROUP
 
     tally = done.tally
     skipped = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in done.counts.items() if count)
@@ -163,6 +193,8 @@ def say(job: Job, done: Progress) -> None:
             f"agreement with the gold labels: {render.percent(found['accuracy'])} % of {found['accuracy']['n']} pairs "
             "(95 % Wilson interval; a tie counts half)"
         )
+        if job.by and set(found["groups"]) <= {NO_GROUP}:
+            render.note(f"no record has a field {job.by}, which --by names")
         for made in tables(job.judge.name if job.judge else "", found):
             show(made)
     if found["calibration"]:

@@ -23,6 +23,8 @@ LONGEST = 160
 """Characters of an example that are shown."""
 EXAMPLES = {"unusable", "stops-short", "overlap"}
 """Kinds whose first example says more than their sorts do."""
+ENDS = 150
+"""Tokens shown of the beginning and of the end of a long text; --show 0 shows none, --json all."""
 SORTS = 6
 """Sorts of a finding that are shown; --json has all."""
 
@@ -217,7 +219,12 @@ def _tokens(tokens: Sequence[Token]) -> Text:
     from spa_lite.cli.render import safe
 
     line = Text("  ")
+    left_out = range(ENDS, len(tokens) - ENDS)
     for place, token in enumerate(tokens):
+        if place in left_out:
+            if place == ENDS:
+                line.append(f" ... {len(left_out)} more tokens ... |", style="dim")
+            continue
         colour = "dim" if not token.scored else ("green" if place % 2 else "cyan")
         style = f"reverse {colour}" if token.special else colour
         line.append_text(Text.from_markup(safe(token.text.replace("\n", "⏎\n  ")), style=style))

@@ -12,6 +12,12 @@ from spa_lite.recipe import Recipe
 if TYPE_CHECKING:
     from spa_lite.backend import Backend
 
+GROUPS = [
+    *(f"inputs.{name}" for name in ("model", "backend", "device", "adapter_path", "init_adapter", "init_model")),
+    *("inputs.skip_bad", "model", "lengths"),
+]
+"""Settings of the commands that read one file under a policy and a reference."""
+
 
 def limits(r: Recipe, backend: Backend) -> dict[str, Any]:
     """How long human answers and their prompts may be."""
@@ -30,13 +36,13 @@ def bind(backend: Backend, r: Recipe) -> None:
     backend.bind(POLICY, Path(start) if start else None)
 
 
-def with_policy(given: dict[str, Any]) -> dict[str, Any]:
-    """Without a named policy: the newest run's, else the built-in seed adapter. Says which."""
+def with_policy(given: dict[str, Any], r: Recipe) -> dict[str, Any]:
+    """Where the recipe so far names no policy: the newest run's, else the built-in seed adapter. Says which."""
     from spa_lite.cli import render
     from spa_lite.lesson import MODEL_DIR
     from spa_lite.recipe import SETTINGS, read_yaml
 
-    if any(f"inputs.{name}" in given for name in ("model", "adapter_path", "init_model")):
+    if r.inputs.model or r.inputs.adapter_path or r.inputs.init_model:
         return given
     newest = max(Path("runs").glob("*/summary.json"), key=lambda p: p.stat().st_mtime, default=None)
     if newest is not None and (newest.parent / "adapter").is_dir():

@@ -41,6 +41,14 @@ def fail(message: str) -> None:
     err.print(f"[bold red]error:[/] {safe(message)}")
 
 
+class _Count(ProgressColumn):
+    """Units done, of how many where that is known."""
+
+    def render(self, task: Task) -> Text:
+        total = f"/{task.total:,.0f}" if task.total else ""
+        return Text(f"{task.completed:>6,.0f}{total} {task.fields['unit']:<8}")
+
+
 class _Rate(ProgressColumn):
     """Units per second."""
 
@@ -59,7 +67,7 @@ def progress(keep: bool = True) -> Iterator[Report]:
         with Progress(
             TextColumn("{task.description:<18}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.completed:>6,.0f}/{task.total:,.0f} {task.fields[unit]:<8}"),
+            _Count(),
             _Rate(),
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -77,12 +85,13 @@ def _bars(bars: Progress, keep: bool) -> Report:
     def report(event: Event) -> None:
         if event.note:
             bars.console.print(safe(f"{event.stage}: {event.note}"))
-        if event.unit == "stage" or not event.total:
+        if event.unit == "stage" or not (event.done or event.total):
             return
+        total = event.total or None
         if event.stage not in tasks:
-            tasks[event.stage] = bars.add_task(safe(event.stage), total=event.total, unit=event.unit)
-        bars.update(tasks[event.stage], completed=event.done, total=event.total)
-        if event.done >= event.total and not keep:
+            tasks[event.stage] = bars.add_task(safe(event.stage), total=total, unit=event.unit)
+        bars.update(tasks[event.stage], completed=event.done, total=total)
+        if total and event.done >= total and not keep:
             bars.remove_task(tasks.pop(event.stage))
 
     return report
@@ -90,23 +99,27 @@ def _bars(bars: Progress, keep: bool) -> Report:
 
 def _lines(every: float = 5.0) -> Report:
     began: dict[str, tuple[float, int]] = {}  # stage -> when its first unit was begun, and what was done before
-    last = {"event": time.monotonic(), "line": 0.0}
+    last = dict.fromkeys(("event", "line"), time.monotonic())
 
     def report(event: Event) -> None:
         if event.note:
             note(f"{event.stage}: {event.note}")
         now, before = time.monotonic(), last["event"]
         last["event"] = now
-        if event.unit == "stage" or not event.total:
+        if event.unit == "stage" or not (event.done or event.total):
             return
-        start, skipped = began.setdefault(event.stage, (before, event.done - 1))
-        if event.done < event.total and now - last["line"] < every:
+        if event.stage not in began:
+            began[event.stage], last["line"] = (before, event.done - 1), before
+        start, skipped = began[event.stage]
+        if event.done != event.total and now - last["line"] < every:
             return
         last["line"] = now
         rate = (event.done - skipped) / (now - start) if now > start else 0.0
-        left = (event.total - event.done) / rate if rate else 0.0
-        pace = f", {rate:,.1f}/s, {left:,.0f} s left" if rate else ""
-        note(f"{event.stage}: {event.done}/{event.total} {event.unit}{pace}")
+        pace = f", {rate:,.1f}/s" if rate else ""
+        if rate and event.total:
+            pace += f", {(event.total - event.done) / rate:,.0f} s left"
+        total = f"/{event.total}" if event.total else ""
+        note(f"{event.stage}: {event.done}{total} {event.unit}{pace}")
 
     return report
 

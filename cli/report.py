@@ -26,7 +26,8 @@ def report(
         typer.Option(help="Folder to write (default: report/ in the run; beside the first of several)."),
     ] = None,
     no_credit: Annotated[
-        bool, typer.Option("--no-credit", help="Load no model: leave out which tokens earned the reward.")
+        bool,
+        typer.Option("--no-credit", help="Load no model: no token credit, and no answers that the run did not keep."),
     ] = False,
     root: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder of runs.")] = HOME,
 ) -> None:
@@ -67,9 +68,9 @@ def _touched(folder: Path) -> float:
 
 
 def load(recipe: Recipe) -> Backend:
-    """The model of a run, for token credit."""
+    """The model of a run, for token credit and answers."""
     from spa_lite import backends, prepare
     from spa_lite.cli.render import note
 
-    note("loading the run's model for token credit (--no-credit leaves it out)")
+    note("loading the run's model for token credit and answers (--no-credit leaves them out)")
     return prepare.models_of(recipe, backends.load).backend

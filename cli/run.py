@@ -24,9 +24,8 @@ HOME = Path("runs")
 
 
 def default_scale(flat: dict[str, Any]) -> str:
-    """The lesson's size for the built-in world, a laptop's for the user's own model."""
-    own = any(flat.get(f"inputs.{name}") for name in ("model", "seed_pairs", "prompts", "held_out"))
-    return "laptop" if own else "lesson"
+    """The lesson's size for the built-in model, a laptop's for the user's own."""
+    return "laptop" if flat.get("inputs.model") else "lesson"
 
 
 @command(app, "run")
@@ -39,7 +38,7 @@ def run(
     scale: Annotated[
         str | None,
         typer.Option(
-            help="The size: lesson, laptop, paper, or a YAML file (default: lesson; laptop with your own files)"
+            help="The size: lesson, laptop, paper, or a YAML file (default: lesson; laptop with a model of your own)"
         ),
     ] = None,
     set_: Annotated[

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import gzip
 import shutil
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
 
-from spa_lite.errors import RunError
+from spa_lite import sources
+from spa_lite.errors import DataError, RunError
 
 
 @contextmanager
 def local(source: str) -> Iterator[Path]:
-    """A file's path; what comes on stdin is put into a temporary file first, so that it can be looked at twice."""
-    if source != "-":
-        yield Path(source)
+    """A file's path; what comes on stdin or through a pipe is put into a temporary file first, so that it can be looked
+    at twice. Raises DataError if there is no such file."""
+    path = Path(source)
+    if source != "-" and not path.is_fifo():
+        if not path.exists():
+            sources.check(source)
+        yield path
         return
     with tempfile.NamedTemporaryFile(prefix="stdin-", suffix=".jsonl") as spool:
-        shutil.copyfileobj(sys.stdin.buffer, spool)
+        with nullcontext(sys.stdin.buffer) if source == "-" else path.open("rb") as stream:
+            shutil.copyfileobj(stream, spool)
         spool.flush()
-        yield Path(spool.name)
+        try:
+            yield Path(spool.name)
+        except DataError as error:
+            name = "standard input" if source == "-" else source
+            raise DataError(str(error).replace(spool.name, name)) from error
 
 
 def holds(path: Path, field: str) -> bool:
@@ -38,11 +50,20 @@ def holds(path: Path, field: str) -> bool:
 
 
 def count_lines(path: Path) -> int:
-    """Lines of a text file, for the time left; 0 where that says nothing (compressed or binary files)."""
-    if path.suffix != ".jsonl" or not path.is_file():
+    """Lines of a JSON-lines file, for the time left; 0 where that says nothing (other kinds of files, damaged ones)."""
+    name = path.name.lower()
+    if not path.is_file() or not name.endswith((".jsonl", ".jsonl.gz")):
         return 0
-    with path.open("rb") as file:
-        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
+    opener: Any = gzip.open if name.endswith(".gz") else open
+    last = b"\n"
+    count = 0
+    try:
+        with opener(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                count, last = count + chunk.count(b"\n"), chunk[-1:]
+    except (OSError, EOFError, zlib.error):
+        return 0  # whoever reads the file next says what is wrong with it
+    return count + (last != b"\n")
 
 
 @contextmanager

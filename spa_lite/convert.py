@@ -173,7 +173,7 @@ def _opened(temporary: Path, path: Path) -> Iterator[IO[bytes]]:
             yield below
 
 
-def write_lines(stream: IO[bytes], records: Iterable[Fields], told: Converted) -> None:
+def write_lines(stream: IO[bytes] | io.RawIOBase, records: Iterable[Fields], told: Converted) -> None:
     """JSON lines into a stream that is open already."""
     encoder = msgspec.json.Encoder()
     for record in records:

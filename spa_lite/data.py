@@ -108,7 +108,7 @@ IsFree = Callable[[str], bool]
 """Whether an id was not given to an earlier record."""
 
 
-class _Parsed(NamedTuple, Generic[T]):
+class Parsed(NamedTuple, Generic[T]):
     """A record and what makes it the same as another: `key` for its content, `id` if it was given one."""
 
     record: T
@@ -122,7 +122,7 @@ class Reading(Generic[T]):
     Raises DataError on the way: for a bad record (unless `skip_bad`), or if no usable record is left at all.
     """
 
-    def __init__(self, source: Source, parse: Callable[[Fields, IsFree, int], _Parsed[T]], skip_bad: bool):
+    def __init__(self, source: Source, parse: Callable[[Fields, IsFree, int], Parsed[T]], skip_bad: bool):
         sources.check(source)  # at once, not at the first record
         self._name = "standard input" if str(source) == "-" else str(source)
         self._parse, self._skip_bad = parse, skip_bad
@@ -194,7 +194,7 @@ def iter_prompts(source: Source, *, skip_bad: bool = False) -> Reading[Prompt]:
 
     Raises DataError for a source that cannot be read and for the first bad record unless `skip_bad`.
     """
-    return Reading(source, _parse_prompt, skip_bad)
+    return Reading(source, parse_prompt, skip_bad)
 
 
 def read_prompts(source: Source, *, skip_bad: bool = False) -> tuple[list[Prompt], ReadReport]:
@@ -207,7 +207,7 @@ def iter_pairs(source: Source, *, skip_bad: bool = False) -> Reading[Pair]:
 
     Raises DataError for a source that cannot be read and for the first bad record unless `skip_bad`.
     """
-    return Reading(source, _parse_pair, skip_bad)
+    return Reading(source, parse_pair, skip_bad)
 
 
 def read_pairs(source: Source, *, skip_bad: bool = False) -> tuple[list[Pair], ReadReport]:
@@ -221,7 +221,7 @@ def iter_candidates(source: Source, *, skip_bad: bool = False) -> Reading[Candid
 
     Raises DataError for a source that cannot be read and for the first bad record unless `skip_bad`.
     """
-    return Reading(source, _parse_candidates, skip_bad)
+    return Reading(source, parse_candidates, skip_bad)
 
 
 def read_candidates(source: Source, *, skip_bad: bool = False) -> tuple[list[Candidates], ReadReport]:
@@ -242,15 +242,17 @@ def conversation_key(messages: Sequence[Message]) -> bytes:
     return keys.digest("conversation", *(part for turn in messages for part in (turn.role, turn.content)))
 
 
-def _parse_prompt(fields: Fields, is_free: IsFree, number: int) -> _Parsed[Prompt]:
+def parse_prompt(fields: Fields, is_free: IsFree, number: int) -> Parsed[Prompt]:
+    """A record that is a prompt; `number` is its own in the source, from 1. Raises BadRecord."""
     messages = _conversation(fields)
     key = conversation_key(messages)
     given = _given_id(fields, is_free)
     extra = _extra(fields, ("id", "prompt", "messages"))
-    return _Parsed(Prompt(id=given or _short(key), messages=messages, extra=extra), key, given)
+    return Parsed(Prompt(id=given or _short(key), messages=messages, extra=extra), key, given)
 
 
-def _parse_pair(fields: Fields, is_free: IsFree, number: int) -> _Parsed[Pair]:
+def parse_pair(fields: Fields, is_free: IsFree, number: int) -> Parsed[Pair]:
+    """A record that is a labelled pair. Raises BadRecord."""
     messages, chosen, rejected = _two_answers(fields, "chosen", "rejected")
     if chosen == rejected:
         raise BadRecord("same", "`chosen` and `rejected` are the same; change one of them or drop the pair")
@@ -259,17 +261,18 @@ def _parse_pair(fields: Fields, is_free: IsFree, number: int) -> _Parsed[Pair]:
     given = _given_id(fields, is_free)
     extra = _extra(fields, ("id", "prompt", "messages", "chosen", "rejected"))
     pair = Pair(id=given or _short(key), messages=messages, chosen=chosen, rejected=rejected, extra=extra)
-    return _Parsed(pair, key, given)
+    return Parsed(pair, key, given)
 
 
-def _parse_candidates(fields: Fields, is_free: IsFree, number: int) -> _Parsed[Candidates]:
+def parse_candidates(fields: Fields, is_free: IsFree, number: int) -> Parsed[Candidates]:
+    """A record with answers to judge, in any of its three forms. Raises BadRecord."""
     lettered = fields.get("a") is not None or fields.get("b") is not None
     labelled = fields.get("chosen") is not None or fields.get("rejected") is not None
     if lettered and labelled:
         raise BadRecord("prompt", "there are both `a`/`b` and `chosen`/`rejected`; keep one of the two forms")
     if labelled:
-        pair, key, given = _parse_pair(fields, is_free, number)
-        return _Parsed(Candidates(pair.prompt, (pair.chosen, pair.rejected), (0,), number), key, given)
+        pair, key, given = parse_pair(fields, is_free, number)
+        return Parsed(Candidates(pair.prompt, (pair.chosen, pair.rejected), (0,), number), key, given)
     if not lettered and fields.get("responses") is not None:
         return _parse_responses(fields, is_free, number)
     if not lettered:
@@ -284,10 +287,10 @@ def _parse_candidates(fields: Fields, is_free: IsFree, number: int) -> _Parsed[C
     key = keys.digest("candidates", conversation_key(messages), a, b, gold)
     given, extra = _given_id(fields, is_free), _extra(fields, ("id", "prompt", "messages", "a", "b", "label"))
     prompt = Prompt(id=given or _short(key), messages=messages, extra=extra)
-    return _Parsed(Candidates(prompt, (a, b), () if gold is None else ("ab".index(gold),), number), key, given)
+    return Parsed(Candidates(prompt, (a, b), () if gold is None else ("ab".index(gold),), number), key, given)
 
 
-def _parse_responses(fields: Fields, is_free: IsFree, number: int) -> _Parsed[Candidates]:
+def _parse_responses(fields: Fields, is_free: IsFree, number: int) -> Parsed[Candidates]:
     """Two or more answers in a list, each a text."""
     found = fields["responses"]
     if not isinstance(found, list):
@@ -300,7 +303,7 @@ def _parse_responses(fields: Fields, is_free: IsFree, number: int) -> _Parsed[Ca
     given = _given_id(fields, is_free)
     extra = _extra(fields, ("id", "prompt", "messages", "responses", "label", "best", "ranking"))
     prompt = Prompt(id=given or _short(key), messages=messages, extra=extra)
-    return _Parsed(Candidates(prompt, answers, gold, number), key, given)
+    return Parsed(Candidates(prompt, answers, gold, number), key, given)
 
 
 def _gold(fields: Fields, answers: tuple[str, ...]) -> tuple[int, ...]:

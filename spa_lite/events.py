@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Event:
-    """`done` of `total` units of a stage; `note` is a sentence worth showing once.
+    """`done` of `total` units of a stage (0: nobody knows how many); `note` is a sentence worth showing once.
 
     `metrics` are what was measured there, by name: with unit "steps" the line of metrics.jsonl of optimizer step
     `done`, with unit "stage" the summary of a stage that is finished, be it now or in an earlier attempt at the run.

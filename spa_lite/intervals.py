@@ -20,7 +20,7 @@ Z95 = 1.959963984540054
 RESAMPLES = 2000
 FEW = 50
 RARE = 20
-"""Below this many items a share gets Wilson's interval: a bootstrap of fewer is too narrow."""
+"""Below this many items, or of them wins, losses or changes, there is a formula: a bootstrap of fewer is too narrow."""
 
 Floats = NDArray[np.float64]
 
@@ -53,7 +53,8 @@ def wilson(hits: float, n: int) -> Interval | None:
     p, z2 = hits / n, Z95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return Interval(p, max(0.0, centre - half), min(1.0, centre + half), n)
+    # The share itself lies inside; at 0 and 1 rounding alone would put it outside.
+    return Interval(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)), n)
 
 
 def share(values: Sequence[float], seed: int = 0) -> Interval | None:
@@ -106,10 +107,23 @@ def cluster_bootstrap(
 
 
 def difference(
-    after: Sequence[float], before: Sequence[float], seed: int, resamples: int = RESAMPLES
+    after: Sequence[float] | Floats, before: Sequence[float] | Floats, seed: int, resamples: int = RESAMPLES
 ) -> Interval | None:
-    """Mean of `after - before`, item by item on the same items, with a bootstrap over the items; None of nothing."""
-    return bootstrap(np.subtract(after, before, dtype=np.float64), seed, resamples)
+    """Mean of `after - before`, item by item on the same items, of values in [0, 1]; None of nothing.
+
+    A bootstrap over the items. Below 50 items, where fewer than 20 changed and where all changed alike a bootstrap is
+    too narrow, down to no width at all: there it is the interval of Bonett and Price (2012), Wald's with one more item
+    that was won and one that was lost.
+    """
+    change = _finite(np.subtract(after, before, dtype=np.float64))
+    n = len(change)
+    if not n:
+        return None
+    if n >= FEW and np.count_nonzero(change) >= RARE and change.min() < change.max():
+        return bootstrap(change, seed, resamples)
+    more = np.append(change, [1.0, -1.0])
+    centre, half = float(more.mean()), Z95 * float(more.std()) / math.sqrt(n + 2)
+    return Interval(float(change.mean()), max(-1.0, centre - half), min(1.0, centre + half), n)
 
 
 def mcnemar(after: Sequence[bool], before: Sequence[bool]) -> float:
@@ -128,11 +142,13 @@ def prompts_needed(effect: float, sd: float, power: float = 0.8) -> int | None:
     """How many items a two-sided test at 5 % needs to see a mean of `effect` with the given power; None for no effect.
 
     `sd` is the standard deviation of one item's value. For a win rate the effect is its distance from 0.5; for a
-    difference of two models on the same prompts `sd` is that of the differences. Normal approximation.
+    difference of two models on the same prompts `sd` is that of the differences. Normal approximation; the test itself
+    reckons with the spread around no effect, so that nobody is told to ask one prompt because all were won.
     """
     if effect == 0 or not math.isfinite(effect):
         return None
-    return max(1, math.ceil(((Z95 + NormalDist().inv_cdf(power)) * sd / effect) ** 2))
+    spread = Z95 * math.hypot(sd, effect) + NormalDist().inv_cdf(power) * sd
+    return math.ceil((spread / effect) ** 2)
 
 
 def coverage(intervals: Iterable[Interval | None], truth: float) -> Interval | None:

@@ -58,7 +58,8 @@ class Progress(msgspec.Struct):
 
 @dataclass
 class Job:
-    """What is judged, and how. `bind` puts the roles on the backend; `expected` is about how many records there are.
+    """What is judged, and how. `bind` puts the roles on the backend; `expected` is about how many records there are (0:
+    nobody knows).
 
     `samples`: the source holds samples (token ids and all), else candidates. `full`: write Judgements, which `train`
     reads, as is always done for samples. `tokens`: add the log-ratio of each token. `by`: the extra field whose
@@ -227,6 +228,9 @@ class Job:
             once = self._pace("judge", 1, done)
         else:
             chunks = self.chunks(progress)
+            if self.wants_policy:
+                self.backend()
+            self.report(Event("judge"))  # rates count from here, not from before the model was loaded
             parts = (not self.kind.sums) + self.wants_sums + self.wants_reference
             pace = self._pace("judge", parts, progress.tally.records)
             own = Kept(self._scorer(POLICY, pace))
@@ -273,8 +277,9 @@ class Job:
             if self._still:
                 return
             ticks += 1
-            now = -(-ticks // parts)
-            self.report(Event(stage, now, max(now, self.expected), "pairs"))
+            if ticks % parts == 0:
+                now = ticks // parts
+                self.report(Event(stage, now, self.expected and max(now, self.expected), "pairs"))
 
         return tick
 

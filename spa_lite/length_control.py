@@ -30,6 +30,9 @@ DIFFICULTY = "LC (with difficulty)"
 FEW, LEAST = 100, 10
 """Below 100 prompts the fit says little, and that is said; below 10 there is none."""
 
+ALIKE = 0.05
+"""Where the tanh of the formula varies by less than this share of its mean there is no fit."""
+
 
 @dataclass(frozen=True)
 class LengthControlled:
@@ -78,7 +81,7 @@ def length_controlled(
     finite = np.isfinite(columns).all(axis=0)
     y, delta, *hard = columns[:, finite]
     notes = [f"{int((~finite).sum())} prompts without a finite value are left out"] if not finite.all() else []
-    why = _nothing_to_fit(y, delta)
+    why = _nothing_to_fit(y, delta) or ("" if rows else _always_longer(delta))
     if why:
         return LengthControlled(None, name, "; ".join([why, *notes]))
     if len(y) < FEW:
@@ -164,6 +167,14 @@ def _nothing_to_fit(y: Floats, delta: Floats) -> str:
     if delta.min() == delta.max():
         return "the difference in length is the same on every prompt, so it cannot be controlled for"
     return ""
+
+
+def _always_longer(delta: Floats) -> str:
+    """Where the curve is flat for all prompts, length and intercept are one, and the penalty alone would part them."""
+    length = np.tanh(delta / delta.std(ddof=1))
+    if length.std() >= ALIKE * abs(length.mean()):
+        return ""
+    return "one side is longer by much the same on every prompt, so length cannot be controlled for"
 
 
 def _sigmoid(x: Floats) -> Floats:

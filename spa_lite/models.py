@@ -92,10 +92,9 @@ class Models:
     def other_scorer(self, tick: Tick = lambda: None) -> Iterator[Scorer]:
         """Score rows under the other model, alone in memory inside the block. Raises ModelError if its vocabulary
         differs."""
-        ours = _vocabulary(self.backend)
+        ours = vocabulary(self.backend)
         with self._alone() as other:
-            if _vocabulary(other) != ours:
-                raise ModelError("--init-model reads text differently from --model; both need the same tokenizer")
+            check_vocabulary(ours, other)
             other.bind(INIT, None)
             yield scorer(other, INIT, tick)
 
@@ -116,7 +115,13 @@ class Models:
         gc.collect()
 
 
-def _vocabulary(backend: Backend) -> tuple[Ids, frozenset[int]]:
+def check_vocabulary(ours: tuple[Ids, frozenset[int]], other: Backend) -> None:
+    """Raise ModelError unless the other model reads text as ours does."""
+    if vocabulary(other) != ours:
+        raise ModelError("--init-model reads text differently from --model; both need the same tokenizer")
+
+
+def vocabulary(backend: Backend) -> tuple[Ids, frozenset[int]]:
     """What two models must agree on before one may score the other's ids."""
     probe = "The quick brown fox, 1234567890; naïve 東京 🙂"
     asked = [Message(role="user", content="?")]

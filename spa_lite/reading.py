@@ -87,7 +87,7 @@ def _number(digest: bytes) -> int:
 # --- one record ------------------------------------------------------------------------------------------------
 
 
-def _parse(fields: Fields, is_free: Callable[[str], bool], number: int) -> data._Parsed[Item]:
+def _parse(fields: Fields, is_free: Callable[[str], bool], number: int) -> data.Parsed[Item]:
     """A record of any kind. Raises BadRecord."""
     if "completions" in fields:
         return _of_run(fields, Sample, _from_sample)
@@ -95,24 +95,24 @@ def _parse(fields: Fields, is_free: Callable[[str], bool], number: int) -> data.
         return _of_run(fields, Judgement, _from_judgement)
     fields, foreign = ours(fields)
     if any(fields.get(name) is not None for name in ("chosen", "rejected", "a", "b", "responses")):
-        found, key, given = data._parse_candidates(fields, is_free, number)
+        found, key, given = data.parse_candidates(fields, is_free, number)
         kind: Kind = "pairs" if fields.get("chosen") is not None else "candidates"
         prompt = found.prompt
-        return data._Parsed(
+        return data.Parsed(
             Item(kind, prompt.id, prompt.messages, prompt.extra, found.answers, found.gold, (), foreign), key, given
         )
-    prompt, key, given = data._parse_prompt(fields, is_free, number)
-    return data._Parsed(Item("prompts", prompt.id, prompt.messages, prompt.extra, foreign=foreign), key, given)
+    prompt, key, given = data.parse_prompt(fields, is_free, number)
+    return data.Parsed(Item("prompts", prompt.id, prompt.messages, prompt.extra, foreign=foreign), key, given)
 
 
-def _of_run(fields: Fields, type: Any, make: Callable[[Any], Item]) -> data._Parsed[Item]:
+def _of_run(fields: Fields, type: Any, make: Callable[[Any], Item]) -> data.Parsed[Item]:
     """A line of a run's own files."""
     try:
         item = make(msgspec.convert(fields, type))
     except msgspec.ValidationError as error:
         raise BadRecord("type", f"{error}; the line is not one of a run's: write the file again") from None
     key = keys.digest("run", item.id, data.conversation_key(item.messages), *item.answers)
-    return data._Parsed(item, key, item.id)
+    return data.Parsed(item, key, item.id)
 
 
 def _from_sample(s: Sample) -> Item:

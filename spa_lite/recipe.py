@@ -431,7 +431,9 @@ def convert(path: str, value: Any, source: str) -> Any:
             value = float(value)  # msgspec and YAML both refuse spellings such as `.3` and `1e-4`
         return msgspec.convert(value, wanted, strict=not isinstance(value, str))
     except (msgspec.ValidationError, ValueError) as error:
-        raise RecipeError(f"{source}: {path} = {value!r}: {error}") from None
+        words = typing.get_args(wanted) if typing.get_origin(wanted) is typing.Literal else ()
+        mend = f"; choose one of {', '.join(words)}" if words else ""
+        raise RecipeError(f"{source}: {path} = {value!r}: {error}{mend}") from None
 
 
 def atoms(wanted: Any) -> set[Any]:

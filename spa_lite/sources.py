@@ -225,7 +225,10 @@ class _Data(msgspec.Struct):
 
 
 def _parquet(path: Path) -> Iterator[Entry]:
-    return _table(path, "parquet")
+    """A null is how Parquet writes a field that is not there."""
+    for place, value in _table(path, "parquet"):
+        assert isinstance(value, dict)
+        yield Entry(place, {key: cell for key, cell in value.items() if cell is not None})
 
 
 def _csv(path: Path) -> Iterator[Entry]:

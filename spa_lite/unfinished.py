@@ -47,9 +47,10 @@ def unfinished(
     except OSError as error:
         raise RunError(f"cannot write {output}: {error.strerror}; check the path given with -o") from error
     with locked(part):
-        if not (part / BEGUN).exists() and (strange := _strange(part, {*EARLY, *early})):
-            raise RunError(f"{part} is no unfinished work of this program ({strange} lies in it); choose another -o")
-        _begin(part, identity(part))
+        made = sorted(path.name for path in part.iterdir() if path.name not in {*EARLY, *early})
+        if not (part / BEGUN).exists() and made:
+            raise RunError(f"{part} is no unfinished work of this program ({made[0]} lies in it); choose another -o")
+        _begin(part, identity(part), anew=not any((part / name).stat().st_size for name in made))
         yield part
 
 
@@ -61,13 +62,10 @@ def finish(part: Path, name: str, output: Path) -> None:
     shutil.rmtree(part)
 
 
-def _strange(part: Path, known: Collection[str]) -> str | None:
-    return next((name for name in sorted(path.name for path in part.iterdir()) if name not in known), None)
-
-
-def _begin(part: Path, identity: dict[str, Any]) -> None:
+def _begin(part: Path, identity: dict[str, Any], anew: bool) -> None:
+    """Write down what the work is made from, if nothing is made yet; else hold it against what was written down."""
     note = part / BEGUN
-    if not note.exists():
+    if anew:
         files.write_json(note, identity)
         return
     before, now = files.read_json(note), msgspec.json.decode(msgspec.json.encode(identity))

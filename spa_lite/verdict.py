@@ -14,6 +14,9 @@ from spa_lite.opinion import Opinion
 from spa_lite.recipe import Recipe
 from spa_lite.records import Record, Sample
 
+NO_GROUP = "(none)"
+"""The subset of records that lack the field."""
+
 
 class Item(Record, frozen=True, kw_only=True):
     """A record to judge: its number in the source, from 1, and what a person said of it (see `data.Candidates`)."""
@@ -125,4 +128,4 @@ class Verdict:
 
 def _word(value: Any) -> str:
     """The value of a field as the name of a subset."""
-    return value if isinstance(value, str) else "(none)" if value is None else msgspec.json.encode(value).decode()
+    return value if isinstance(value, str) else NO_GROUP if value is None else msgspec.json.encode(value).decode()

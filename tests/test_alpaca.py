@@ -133,6 +133,14 @@ def test_order_changes_nothing_and_a_missing_prompt_is_named(tmp_path: Path) -> 
     assert any(f'1 of the 805 official prompts missing: "{gone}"' in note for note in short.notes)
 
 
+def test_what_length_control_has_to_say_is_said(tmp_path: Path) -> None:
+    """Why there is no number, or little in it: beside the result, not in its depths alone."""
+    records = golden()[:30]
+    assert "fewer than 100 prompts" in alpaca.score(records).notes[-1]
+    won = [record | {"preference": 2} for record in records]
+    assert f"{NO_DIFFICULTY}: every prompt has the same outcome" in alpaca.score(won).notes[-1]
+
+
 def test_another_reference_is_not_alpacaevals(tmp_path: Path) -> None:
     """Its difficulties belong to its references."""
     records = golden()
@@ -221,7 +229,7 @@ def test_a_file_of_several_models_asks_for_one() -> None:
     """Or one annotator."""
     records = golden()[:20]
     records[3]["generator_2"] = "another"
-    with pytest.raises(DataError, match="2 models"):
+    with pytest.raises(DataError, match=r"2 models .* choose one with --generator"):
         alpaca.score(records)
     assert alpaca.score(records, model=GOLDEN["model"]).n == 19
     with pytest.raises(DataError, match="asked for"):
@@ -232,6 +240,9 @@ def test_other_peoples_length_data_is_refused(tmp_path: Path) -> None:
     """A column less, a prompt less, a word for a number; references that are not official."""
     path = length_data(tmp_path / "df.csv")
     lines = path.read_text().splitlines()
+    whole = alpaca_files.read_length_data(path)
+    path.write_text("\n".join([lines[0].replace("index", "idx"), *lines[1:]]))
+    assert alpaca_files.read_length_data(path).difficulty == whole.difficulty
     for text, said in (
         ("\n".join(["preference,index", *lines[1:]]), "no column std_delta_len, instruction_difficulty"),
         ("\n".join(lines[:805]), "one difficulty for each of 805"),

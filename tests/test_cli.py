@@ -395,7 +395,12 @@ def test_a_rate_counts_from_where_its_stage_was_begun(
         Event("train", 19, 20, "steps"),  # at 40, after 18 steps of another day
     ):
         report(event)
+    monkeypatch.setattr("time.monotonic", iter([0.0, 1.0, 3.0, 11.0]).__next__)
+    report = render._lines(every=5.0)
+    for event in (Event("judge"), Event("judge", 8, 0, "pairs"), Event("judge", 80, 0, "pairs")):  # at 1, 3 and 11
+        report(event)
     err = capfd.readouterr().err
+    assert err.splitlines()[-1] == "judge: 80 pairs, 7.3/s", "a number that nobody knows gives no time left"
     assert "judge: 2/2 pairs, 0.2/s, 0 s left" in err
     assert "train: 19/20 steps, 0.1/s, 20 s left" in err
     assert "\x1b" not in err

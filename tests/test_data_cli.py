@@ -65,6 +65,15 @@ def test_what_is_converted_comes_back(name: str, here: Path, capfd: pytest.Captu
     assert report.kept == 2
 
 
+def test_a_field_that_only_some_records_have_comes_back_from_a_table(
+    here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = put(here / "d.jsonl", TURNS | {"chosen": "A", "rejected": "B"}, {"id": "p", "prompt": "Alone?"})
+    for step in ((source, "own.jsonl"), ("own.jsonl", "d.parquet"), ("d.parquet", "back.jsonl")):
+        assert call(capfd, "data", "convert", *step)[0] == 0
+    assert Path("back.jsonl").read_text() == Path("own.jsonl").read_text()
+
+
 def test_the_same_records_give_the_same_bytes(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source = put(here / "d.jsonl", *pairs(3))
     for name in ("one.jsonl.gz", "two.jsonl.gz"):
@@ -274,6 +283,19 @@ def test_samples_are_the_same_every_time_nested_and_in_order(here: Path, capfd: 
     assert [int(line["id"][1:]) for line in lines(here / "o.jsonl")] == small
 
 
+def test_a_terminal_is_shown_what_it_would_obey(
+    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = {"id": "x", "prompt": "[red]a\u202eb\u009b31m"}
+    put(here / "d.jsonl", record)
+    _, piped, _ = call(capfd, "data", "sample", "d.jsonl", "-n", "1")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    _, shown, _ = call(capfd, "data", "sample", "d.jsonl", "-n", "1")
+    assert "\u202e" in piped
+    assert "[red]a\\u202eb\\u009b31m" in shown
+    assert json.loads(shown) == json.loads(piped)
+
+
 def test_every_record_is_as_likely() -> None:
     made = [reading.Item("prompts", str(n), (Message(role="user", content=f"q{n}"),), {}) for n in range(10)]
     counts = [0] * 10
@@ -334,6 +356,10 @@ def test_lint_shows_the_mask_and_escapes_what_files_say(here: Path, capfd: pytes
     assert "row 2 two" in out
     _, out, _ = call(capfd, "data", "lint", "d.jsonl", "--model", "lesson", "--show", "0")
     assert "not scored" not in out
+    put(here / "long.jsonl", {"prompt": "word " * 2000, "chosen": "A", "rejected": "B"})
+    _, out, _ = call(capfd, "data", "lint", "long.jsonl", "--model", "lesson")
+    assert "more tokens ..." in out
+    assert out.count("word") < 400
 
 
 def test_lint_as_json_with_details_and_strict(here: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -375,7 +375,7 @@ WRONG: list[tuple[list[str], int, str]] = [
     (["eval", "--bench", "mt-bench", "--questions", "asked.jsonl", "--judge", "longest"], 2, "in words"),
     (["eval", "--bench", "mt-bench", "--questions", "asked.jsonl", "--judge", "self-score"], 1, "asked.jsonl, line 1"),
     (["eval", "--bench", "alpaca", "--a", "asked.jsonl", "--reference-outputs", "x.json"], 1, "a model is needed"),
-    (["eval", "--bench", "alpaca", "--a", LAST], 1, "alpaca_eval_gpt4_baseline.json"),
+    (["eval", "--bench", "alpaca", "--a", LAST], 1, "alpaca_eval_gpt4_baseline.json itself as --reference-outputs"),
     (["eval", "--from-annotations", "x.json"], 1, "x.json"),
     (["eval", "--gsm8k", "asked.jsonl"], 1, "asked.jsonl, line 1"),
     (["eval", "--multiple-choice", "nowhere.jsonl"], 1, "nowhere.jsonl"),
@@ -444,6 +444,27 @@ def test_annotations_need_no_framework(here: Path) -> None:
     assert found["result"]["length_controlled"]["name"] == "LC (no difficulty)"
 
 
+def test_bare_annotations_reach_the_package(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those without the names of models and judge, too."""
+    from spa_lite.benches import alpaca_package
+    from spa_lite.cli.eval_annotations import annotated
+
+    _, told = alpaca_files(here)
+    bare = [{k: a[k] for k in ("instruction", "output_1", "output_2", "preference")} for a in json.loads(
+        Path(told).read_text()
+    )]  # fmt: skip
+    (here / "bare.json").write_text(json.dumps(bare))
+    asked: list[Any] = []
+
+    def run(annotations: Any, lc_data: Path | None = None) -> alpaca_package.Package:
+        asked.extend(annotations)
+        return alpaca_package.Package({"n_total": len(annotations)}, [])
+
+    monkeypatch.setattr(alpaca_package, "run_annotations", run)
+    found = annotated(str(here / "bare.json"), None, None, True, 0)
+    assert (found["package"], asked) == ({"n_total": 6}, bare)
+
+
 def test_alpaca_with_a_judge_of_ones_own(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Outputs and annotations in AlpacaEval's form, which score the same when they are read again."""
     refs, _ = alpaca_files(here)
@@ -460,6 +481,8 @@ def test_alpaca_with_a_judge_of_ones_own(here: Path, capfd: pytest.CaptureFixtur
     assert judged["result"]["win_rate"]["value"] == pytest.approx(wins / 6)
     mine = result(capfd, here, "eval", "--bench", "alpaca", "--a", LAST, "--prompts", "asked.jsonl")
     assert mine["n"] == 10
+    (here / "p.json").write_text('[{"instruction": "Name a lake."}]')
+    assert result(capfd, here, "eval", "--bench", "alpaca", "--a", LAST, "--prompts", str(here / "p.json"))["n"] == 1
     two = result(capfd, here, *bench, "--judge", "longest", "--limit-prompts", "2")
     assert "4 prompts of the references were not answered" in two["warnings"]
 
@@ -492,12 +515,17 @@ def test_knowledge_before_and_after(here: Path, capfd: pytest.CaptureFixture[str
     gsm8k, choice = map(json.loads, out.splitlines())
     assert [one["name"] for one in gsm8k["sides"]] == ["init", "round 2"]
     assert gsm8k["rules"]["last number"]["change"]["questions"] == 2
+    told = zip(gsm8k["sides"], gsm8k["rules"]["last number"]["sides"], strict=True)
+    unread = [f"{who['name']}: {one['unread']} replies without a number" for who, one in told if one["unread"]]
+    assert unread
+    assert all(any(w.startswith(line) for w in gsm8k["warnings"]) for line in unread)
     assert set(choice["rules"]) == {"sum", "per character", "per token"}
     one = result(capfd, here, "eval", "--a", LAST, "--b", LAST, *files[:2])
     assert one["rules"]["last number"]["change"] is None
-    code, out, _ = call(capfd, "eval", "--run", "r", *files, "--out", str(here))
+    code, out, err = call(capfd, "eval", "--run", "r", *files, "--out", str(here))
     assert code == 0
     assert "gained, lost" in out
+    assert f"warning: {gsm8k['warnings'][0]}" in err
 
 
 # --- the lesson ------------------------------------------------------------------------------------------------

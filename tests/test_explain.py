@@ -394,6 +394,13 @@ def test_the_command(command: Callable[..., tuple[int, str, str]], run: Path, tm
     for words, exit_code, sentence in (
         ((pairs,), 2, "Give --row N; the first record is 1"),
         ((pairs, "--row", 7, *toy), 1, "there is no row 7"),
+        ((pairs, "--row", 1, *toy, "--judge", "longest"), 2, "explain shows the implicit reward"),
+        (
+            (pairs, "--row", 1, *toy, "--html", tmp_path / "no/out.html"),
+            1,
+            "there is no such folder; check the path of",
+        ),
+        ((pairs, "--row", 1, *toy, "--html", tmp_path), 1, "it is a folder; check the path of --html"),
         ((pairs, "--row", 1, *toy[:-2]), 2, "the policy equals its reference"),
         ((pairs, "--row", 1, *toy, "--init-model", "toy:1"), 2, "leave --init-model out"),
         ((of_run, "--row", 1, "--beta", "0.5"), 2, "the settings of a run's pair are the run's"),

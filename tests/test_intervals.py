@@ -33,6 +33,16 @@ def test_wilson_equals_scipys(n: int, data: st.DataObject) -> None:
     found, other = wilson(hits, n), stats.binomtest(hits, n).proportion_ci(method="wilson")
     assert found is not None
     assert (found.low, found.high) == pytest.approx((other.low, other.high), abs=1e-9)
+    assert found.holds(hits / n)
+
+
+def test_nothing_and_everything_won_lie_inside() -> None:
+    """0 of 12 gives a low end of exactly 0, not of 3e-17."""
+    for n in range(1, 200):
+        none, all_ = wilson(0, n), wilson(n, n)
+        assert none is not None
+        assert all_ is not None
+        assert (none.low, all_.high) == (0.0, 1.0)
 
 
 def test_bootstrap_equals_scipys() -> None:
@@ -97,13 +107,38 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
 
 def test_a_paired_difference_is_sharper_than_two_intervals() -> None:
-    """What both models share drops out."""
-    rng = np.random.default_rng(0)
-    before = rng.normal(size=100)
-    after = before + 0.1
-    found = difference(list(after), list(before), 0)
+    """What both models share drops out: 40 of 400 items changed, which the bootstrap sees."""
+    before = np.random.default_rng(0).integers(0, 2, 400).astype(float)
+    after = np.where(np.arange(400) < 40, 1 - before, before)
+    found, single = difference(after, before, 0), share(list(before))
     assert found is not None
-    assert (found.low, found.high) == pytest.approx((0.1, 0.1))
+    assert single is not None
+    assert found == bootstrap(after - before, 0)
+    assert found.high - found.low < 0.7 * (single.high - single.low)
+
+
+def test_no_change_on_few_items_is_no_proof_of_none() -> None:
+    """A bootstrap of equal values has no width; Bonett and Price's interval, worked out by hand, has."""
+    same = difference([1.0, 0.0] * 4, [1.0, 0.0] * 4, 0)
+    half = 1.959963984540054 * math.sqrt(0.2 / 10)
+    assert same is not None
+    assert (same.value, same.low, same.high) == pytest.approx((0, -half, half))
+    assert same.n == 8
+    two = difference([1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], 0)
+    half = 1.959963984540054 * math.sqrt((3 / 6 + 1 / 6 - (2 / 6) ** 2) / 6)
+    assert two is not None
+    assert (two.value, two.low, two.high) == pytest.approx((0.5, 2 / 6 - half, 2 / 6 + half))
+    assert difference([], [], 0) is None
+    rare = (difference(*drawn_twice(trial, 50), trial) for trial in range(200))
+    held = coverage(rare, 0.02)
+    assert held is not None
+    assert held.value > 0.94
+
+
+def drawn_twice(trial: int, n: int) -> tuple[list[float], list[float]]:
+    """Answers after and before: 3 % gained, 1 % lost."""
+    change = np.random.default_rng(trial).choice([1.0, -1.0, 0.0], n, p=[0.03, 0.01, 0.96])
+    return list(np.maximum(change, 0)), list(np.maximum(-change, 0))
 
 
 @settings(max_examples=30)
@@ -117,14 +152,25 @@ def test_mcnemar_is_the_binomial_test_of_what_changed(answers: list[tuple[bool, 
 
 
 def test_prompts_needed_give_the_power_asked_for() -> None:
-    """785 prompts for 55 % of wins: as many simulated comparisons see it in 80 of 100 cases."""
-    n = prompts_needed(0.05, 0.5)
-    assert n == 785
+    """783 prompts for 55 % of wins: as many simulated comparisons see it in 80 of 100 cases. The textbook's numbers."""
+    n = prompts_needed(0.05, math.sqrt(0.55 * 0.45))
+    assert n == 783
+    assert [prompts_needed(p - 0.5, math.sqrt(p * (1 - p))) for p in (0.6, 0.65)] == [194, 85]
     means = np.random.default_rng(0).binomial(n, 0.55, 20_000) / n
     seen = np.abs(means - 0.5) > 1.96 * np.sqrt(means * (1 - means) / n)
     assert float(seen.mean()) == pytest.approx(0.8, abs=0.015)
     assert prompts_needed(0.0, 0.5) is None
-    assert prompts_needed(-0.05, 0.5) == n
+    assert prompts_needed(-0.05, math.sqrt(0.55 * 0.45)) == n
+
+
+def test_all_won_does_not_ask_for_one_prompt() -> None:
+    """Three wins of three are compatible with 50 %; four are not."""
+    n = prompts_needed(0.5, 0.0)
+    assert n == 4
+    for wins, seen in ((3, False), (4, True)):
+        found = wilson(wins, wins)
+        assert found is not None
+        assert (not found.holds(0.5)) == seen
 
 
 def test_intervals_hold_the_truth_as_often_as_is_said() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
+import os
 import random
 import signal
 import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,10 @@ import pytest
 
 from spa_lite import backends, judging, prepare
 from spa_lite.backend import INIT, POLICY, Backend
+from spa_lite.cli.streams import count_lines
 from spa_lite.errors import RunError
 from spa_lite.evaluate import gold_of
+from spa_lite.events import Event
 from spa_lite.judging import Job, to_file
 from spa_lite.lesson import source
 from spa_lite.models import Models
@@ -589,7 +594,11 @@ WRONG: list[tuple[list[str], int, str]] = [
     (["pairs.jsonl", "--judge", "random", "--judge-prompt", "p.txt"], 2, "--judge-prompt"),
     (["pairs.jsonl", "--judge", "gold", "--skip-bad"], 2, "no truth"),
     (["pairs.jsonl", "--judge", "longest", "--length-penalty", "0.1"], 2, "length_penalty"),
-    (["pairs.jsonl", "--judge", "oracle"], 2, "judge.by"),
+    (["pairs.jsonl", "--judge", "oracle"], 2, "choose one of implicit, likelihood"),
+    (["pairs.jsonl", *TOY, "--init-model", "toy"], 2, "policy equals its reference"),
+    (["pairs.jsonl", "--judge", "longest", "--replies", "kept"], 2, "--judge longest asks none"),
+    (["pairs.jsonl", "--judge", "longest", "--limit-prompts", "3"], 2, "--limit-prompts"),
+    (["none.jsonl", "--judge", "longest", "-o", "out.jsonl"], 1, "none.jsonl: there is no such file"),
     (["empty.jsonl", "--judge", "longest"], 1, "empty"),
     (["pairs.txt", "--judge", "longest"], 1, "pairs.txt"),
     (["pairs.jsonl", *TOY, "--adapter-path", "nowhere"], 1, "no adapter folder nowhere"),
@@ -607,6 +616,86 @@ def test_wrong_input_gets_one_sentence(
     assert out == ""
     assert [line.startswith("error: ") for line in err.splitlines()][-1]
     assert "Traceback" not in err
+    assert not part_of(here / "out.jsonl").exists()
+
+
+def test_the_other_model_is_looked_at_first(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A reference that is not there, or that reads text differently, is refused before the policy scores anything."""
+    pytest.importorskip("transformers")
+    from tests import tiny
+
+    one, other = (tiny.make_model(tmp_path / name, "llama") for name in ("one", "other"))
+    words = json.loads((other / "tokenizer.json").read_bytes())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    pairs = put(tmp_path / "pairs.jsonl", 5)
+    for model, sentence in ((tmp_path / "nowhere", "there is no model folder"), (other, "reads text differently")):
+        asked = ["judge", str(pairs), "--skip-bad", "--backend", "torch", "--model", str(one)]
+        code, out, err = call(capfd, *asked, "--init-model", str(model))
+        assert (code, out) == (1, "")
+        assert sentence in err
+        assert "policy:" not in err
+
+
+def test_nothing_done_is_nothing_to_go_on_with(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A bad line in the first chunk is mended, and the same command works."""
+    asked = ["judge", "pairs.jsonl", "--judge", "longest", "-o", "out.jsonl"]
+    assert call(capfd, *asked)[0] == 1
+    (here / "pairs.jsonl").write_text((here / "pairs.jsonl").read_text().replace("{bad\n", ""))
+    code, _, err = call(capfd, *asked)
+    assert code == 0, err
+
+
+def test_a_pipe_is_a_source(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As `judge <(zcat pairs.jsonl.gz)` gives one: it can be read only once."""
+    os.mkfifo(here / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit((here / "pipe").write_bytes, (here / "pairs.jsonl").read_bytes())
+        code, out, err = call(capfd, "judge", "pipe", "--judge", "longest", "--skip-bad")
+    assert code == 0, err
+    assert out == call(capfd, "judge", "pairs.jsonl", "--judge", "longest", "--skip-bad")[1]
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit((here / "pipe").write_bytes, (here / "pairs.jsonl").read_bytes())
+        assert "error: pipe, line 4: " in call(capfd, "judge", "pipe", "--judge", "longest")[2], (
+            "by the name it was given"
+        )
+
+
+def test_time_left_is_said_only_where_it_is_known(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Compressed lines are counted; of a list nobody knows the length, and not each record is a line."""
+    content = (here / "pairs.jsonl").read_bytes()
+    (here / "pairs.jsonl.gz").write_bytes(gzip.compress(content.removesuffix(b"\n")))
+    (here / "pairs.json").write_text(json.dumps([json.loads(s) for s in content.splitlines() if s != b"{bad"]))
+    assert count_lines(here / "pairs.jsonl.gz") == count_lines(here / "pairs.jsonl") == 52
+    assert count_lines(here / "pairs.json") == 0
+    code, _, err = call(capfd, "judge", "pairs.json", "--judge", "longest")
+    assert code == 0
+    assert err.splitlines()[0] == "50 pairs judged; 1 repeats"
+
+
+@pytest.mark.parametrize("changes", [{}, {"full": True}, {"full": True, "judge.by": "random"}], ids=str)
+def test_every_record_is_told_of_once(here: Path, changes: dict[str, Any]) -> None:
+    """Also where a record is scored twice, under policy and reference."""
+    told: list[Event] = []
+    judged(job(here / "pairs.jsonl", report=told.append, expected=52, **changes), here / "out.jsonl")
+    assert [(e.done, e.total) for e in told if e.done] == [(i + 1, 52) for i in range(50)]
+
+
+def test_a_policy_may_be_named_by_any_option(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """--set names a model as well as --model does, and no other is taken in its place."""
+    (here / "c.yaml").write_text("inputs: {model: toy, backend: toy}\njudge: {reference: none}\n")
+    want = call(capfd, "judge", "pairs.jsonl", *BARE, "--skip-bad")[1]
+    for words in (["--config", "c.yaml"], ["--backend", "toy", "--reference", "none", "--set", "inputs.model=toy"]):
+        code, out, err = call(capfd, "judge", "pairs.jsonl", "--skip-bad", *words)
+        assert (code, out) == (0, want)
+        assert "built-in" not in err
+
+
+def test_a_subset_that_nobody_is_in_is_said(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(capfd, "judge", "pairs.jsonl", "--judge", "longest", "--skip-bad", "--by", "nosuch")
+    assert code == 0
+    assert "no record has a field nosuch, which --by names" in err
 
 
 # --- against plain code -----------------------------------------------------------------------------------------------

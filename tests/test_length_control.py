@@ -111,6 +111,7 @@ def test_the_sign_and_the_unit_of_length_do_not_matter() -> None:
         ([1.0], [3.0], "1 prompts"),
         ([1.0] * 50, list(range(50)), "same outcome"),
         ([1.0, 0.0] * 25, [7.0] * 50, "same on every prompt"),
+        ([1.0, 1.0, 0.0] * 20, list(range(500, 560)), "longer by much the same"),
         ([math.nan] * 50, list(range(50)), "50 prompts without a finite value"),
     ],
 )
@@ -119,6 +120,14 @@ def test_what_cannot_be_fitted_is_said(wins: list[float], delta: list[float], sa
     found = length_controlled(wins, delta)
     assert found.interval is None
     assert said in found.note
+
+
+def test_one_answer_far_longer_than_all_others_is_no_reason_not_to_fit() -> None:
+    """Length then explains next to nothing."""
+    wins = [1.0, 1.0, 0.0, 1.0] * 200
+    found = length_controlled(wins, [0.0] * 799 + [1e9]).interval
+    assert found is not None
+    assert found.value == pytest.approx(0.75, abs=0.01)
 
 
 def test_a_missing_value_is_left_out_and_counted() -> None:

@@ -136,6 +136,17 @@ def test_overlap_with_an_evaluation_file(tmp_path: Path) -> None:
         lint(write(tmp_path, *rows), against=write(tmp_path, {"x": 1}, name="none.jsonl"))
 
 
+def test_prompts_that_differ_in_case_or_layout_alone_are_near_not_the_same(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        pair(prompt="Name a river."),
+        pair(prompt="Name a river.", chosen="The Elbe."),  # a second pair of the same prompt
+        pair(prompt="name  a river!"),
+    )
+    (finding,) = lint(path).findings
+    assert (finding.kind, finding.rows, finding.example) == ("near-prompts", (3,), "row 1, 1.00 alike")
+
+
 def test_near_is_the_threshold(tmp_path: Path) -> None:
     path = write(tmp_path, pair(prompt=SENTENCE), pair(prompt=SENTENCE.replace("Rhine", "Danube")))
     assert "near-prompts" in found(lint(path, near=0.6))
@@ -305,6 +316,12 @@ def test_the_mask_is_what_is_trained_on(anatomy: Anatomy, tmp_path: Path) -> Non
     assert all(token.scored for token in answer)
     assert answer[-1].special
     assert "".join(token.text for token in answer[:-1]).strip() == "The Rhine."
+
+
+def test_a_record_that_the_template_refuses_is_counted_and_the_next_one_is_shown(tmp_path: Path) -> None:
+    report = lint(write(tmp_path, pair(prompt="refuse"), pair()), anatomy=Odd(), max_prompt_length=90, show=1)
+    assert found(report) == {"template": 1}
+    assert [mask.row for mask in report.shown] == [2]
 
 
 class Odd:

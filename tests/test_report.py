@@ -15,17 +15,20 @@ from xml.etree import ElementTree
 import msgspec
 import pytest
 
+from spa_lite import prepare
 from spa_lite.cleanup import belongings
 from spa_lite.cli import main as cli
 from spa_lite.errors import RunError
 from spa_lite.figures import inline_svg, style
 from spa_lite.inventory import place_of
-from spa_lite.report import figures, write_report
+from spa_lite.report import figures, tables, write_report
 from spa_lite.report.collect import Told, read_runs
-from spa_lite.report.drawing import STYLE
-from spa_lite.report.examples import judgements, side_by_side
+from spa_lite.report.drawing import STYLE, axes_of, legend_of
+from spa_lite.report.evaluations import eval_sheet
+from spa_lite.report.examples import judgements, sampled, side_by_side
 from spa_lite.report.looks import groups, looks
 from spa_lite.report.page import shown, table_csv
+from spa_lite.report.tables import differences
 from tests.small import load, run_small, small_recipe, write_data
 
 NASTY = (
@@ -203,6 +206,17 @@ def test_a_figure_follows_the_theme_and_keeps_its_ids_apart(run: Path) -> None:
 # -- several runs --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("letters", [13, 16, 24, 27, 30])
+def test_a_legend_fits_into_its_figure(letters: int) -> None:
+    with style(**STYLE):
+        figure, axes = axes_of(2.8)
+        for i in range(4):
+            axes.plot([0, 1], [0, i], label=f"{i}_rounds-2a07eb24 (3 seeds), other"[:letters])
+        legend_of(figure, axes)
+        figure.draw_without_rendering()
+        assert figure.legends[0].get_window_extent().x1 <= figure.bbox.x1
+
+
 def test_several_runs_are_compared(run: Path, tmp_path: Path, few: None) -> None:
     other = copied(run, tmp_path / "other")
     recipe = (other / "recipe.yaml").read_text()
@@ -217,6 +231,24 @@ def test_several_runs_are_compared(run: Path, tmp_path: Path, few: None) -> None
         rows = list(csv.DictReader(file))
     assert {row["run"] for row in rows} == {"toy-run", "other"}
     assert len(rows) == 8
+
+
+def test_runs_that_differ_in_many_settings_stand_in_columns(run: Path, tmp_path: Path) -> None:
+    other = copied(run, tmp_path / "other")
+    recipe = (other / "recipe.yaml").read_text()
+    for old, new in (("seed: 0", "seed: 1"), ("window: 8", "window: 9"), ("K: 0.3", "K: 0.2")):
+        assert old in recipe
+        recipe = recipe.replace(old, new)
+    (other / "recipe.yaml").write_text(recipe)
+    told = read_runs([run, other])
+    few = differences(told)
+    assert [row[0] for row in few.rows] == ["toy-run", "other"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "WIDE", 4)
+        turned = differences(told)
+    assert turned.columns == ["", "toy-run", "other"]
+    assert [row[0] for row in turned.rows] == list(few.columns[1:])
+    assert list(turned.rows[0]) == ["seed", "0", "1"]
 
 
 def test_runs_that_differ_in_the_seed_alone_share_a_colour(run: Path) -> None:
@@ -294,6 +326,68 @@ def test_equal_answers_are_shown_once(run: Path, tmp_path: Path) -> None:
         (known / at / "answers.jsonl").write_text(json.dumps(answer) + "\n")
     (example,) = side_by_side(read_runs([known]))
     assert [(cell.title, cell.text) for cell in example.cells] == [("init, seed", "same"), ("round 2", "other")]
+
+
+def test_answers_that_a_run_did_not_keep_are_sampled(run: Path, tmp_path: Path, few: None) -> None:
+    (told,) = read_runs([run])
+    assert side_by_side([told]) == []
+    loaded: list[Any] = []
+
+    def counted(recipe: Any) -> Any:
+        loaded.append(recipe)
+        return load(recipe)
+
+    page = write_report([run], tmp_path / "out", counted).read_text()
+    assert len(loaded) == 1, "one model for credit and answers"
+    examples = sampled(told, load)
+    assert told.recipe is not None
+    held_out = [pair.messages for pair in prepare.read(told.recipe).held_out_pairs]
+    assert [example.messages for example in examples] == held_out[:4]
+    assert {cell.title for example in examples for cell in example.cells} <= {"init", "round 2", "init, round 2"}
+    assert examples == sampled(told, load)  # the same every time
+    assert "Answers, side by side" in page
+    assert told.problems == []
+
+
+def test_answers_that_cannot_be_sampled_are_said(run: Path, tmp_path: Path) -> None:
+    moved = copied(run, tmp_path / "moved")
+    recipe = (moved / "recipe.yaml").read_text()
+    (moved / "recipe.yaml").write_text(recipe.replace("pairs.jsonl", "gone.jsonl"))
+    (told,) = read_runs([moved])
+    assert sampled(told, load) == []
+    assert "answers before and after were not sampled" in told.problems[0]
+    assert "gone.jsonl" in told.problems[0]
+
+
+def test_what_eval_found_is_a_table(run: Path, tmp_path: Path, few: None) -> None:
+    known = copied(run, tmp_path / "evaluated")
+    share = {"value": 0.75, "low": 0.5, "high": 0.875, "n": 12}
+    controlled = {"name": "LC (no difficulty)", "interval": share | {"value": 0.5625}, "note": ""}
+    results: list[Any] = [
+        {"kind": "held-out pairs", "title": "held-out pairs",
+         "stages": {"seed": {"accuracy": share, "chosen": 0.25, "rejected": -1.5}}},
+        {"kind": "head-to-head", "title": f"{NASTY} against init", "win_rate": share, "length_controlled": controlled},
+        {"kind": "alpaca", "title": "alpaca: x", "result": {"win_rate": share, "length_controlled": controlled}},
+        {"kind": "alpaca", "title": "answers only"},
+        {"kind": "mt-bench", "title": "mt-bench: x", "result": {"average": share | {"value": 6.5}}},
+        {"kind": "gsm8k", "title": "gsm8k: x", "sides": [{"name": "x"}],
+         "rules": {"strict": {"sides": [{"accuracy": share}]}}},
+        {"kind": "odd"},
+    ]  # fmt: skip
+    (known / "eval").mkdir()
+    (known / "eval/eval.json").write_text(json.dumps({"format": 1, "results": results}))
+    (told,) = read_runs([known])
+    rows = eval_sheet(told).rows
+    assert rows[0][:3] == ["held-out pairs, seed", "accuracy %", "75.0 [50.0, 87.5]"]
+    assert rows[0][3:] == ["12", "chosen 0.250, rejected -1.500"]
+    assert rows[2] == ["alpaca: x", "win rate %", "75.0 [50.0, 87.5]", "12", "LC (no difficulty) 56.2 [50.0, 87.5]"]
+    assert [row[0] for row in rows[3:]] == ["mt-bench: x", "gsm8k, strict: x"]
+    assert told.problems == ["eval/eval.json: a result cannot be read and was left out"]
+    seen = Seen(write_report([known]).read_text())
+    assert "Evaluations" in seen.text
+    assert not {"script", "img"} & seen.tags
+    (known / "eval/eval.json").write_text("[")
+    assert "eval/eval.json is damaged and was left out" in write_report([known]).read_text()
 
 
 def test_csv_cells_are_no_formulas() -> None:

@@ -201,6 +201,8 @@ def test_refusals(tmp_path: Path, decoder: str) -> None:
 
     with pytest.raises(ModelError, match=r"no reward model: its weights have no score\.weight"):
         classifiers.load(str(make_model(tmp_path / "causal", "llama", num_labels=1)))
+    with pytest.raises(ModelError, match="no reward model but a LlamaForCausalLM"):
+        classifiers.load(str(make_model(tmp_path / "headless", "llama")))
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "config.json").write_text('{"model_type": "bert", "num_labels": 1}')

@@ -147,7 +147,7 @@ def score(
     place: str = "annotations",
 ) -> Result:
     """Score annotations; see `from_annotations`. `place` names them in errors."""
-    chosen = _of_one(annotations, model, annotator, place)
+    chosen = of_one(annotations, model, annotator, place)
     for number, annotation in enumerate(chosen, 1):
         _check(annotation, f"{place}, record {number}")
     if official is None:
@@ -182,7 +182,7 @@ def score(
         from_logprobs=sum(row.from_logprobs for row in kept),
         dropped=dropped,
         missing=None if missing is None else len(missing),
-        notes=tuple(note for note in (_reasons(dropped), _missing(official, missing), why) if note),
+        notes=tuple(note for note in (_reasons(dropped), _missing(official, missing), why, _fitted(lc)) if note),
     )
 
 
@@ -265,7 +265,10 @@ def _length_controlled(
     if lc_data is None:
         why = f"no {NAME} without {alpaca_files.LENGTH_DATA}"
     elif official is None:
-        why = f"no {NAME}: these are not the {PROMPTS} official prompts with their references in official order"
+        why = (
+            f"no {NAME}: these are not the {PROMPTS} official prompts with their references in official order; "
+            f"where only the order differs, give {alpaca_files.REFERENCES} as --reference-outputs"
+        )
     elif missing or any(row.key not in official.places for row in rows):
         why = f"no {NAME}: it takes all {PROMPTS} official prompts and no others"
     elif any(row.length - row.delta != official.lengths[row.key] for row in rows):
@@ -374,18 +377,17 @@ def _by_key(outputs: Sequence[Output], what: str) -> dict[str, Output]:
 # --- one annotation --------------------------------------------------------------------------------------------
 
 
-def _of_one(
-    annotations: Sequence[Annotation], model: str | None, annotator: str | None, place: str
-) -> list[Annotation]:
+def of_one(annotations: Sequence[Annotation], model: str | None, annotator: str | None, place: str) -> list[Annotation]:
     """The annotations of one model by one annotator. Raises DataError if there are none or several remain."""
     wanted = {"generator_2": model, "annotator": annotator}
     chosen = [a for a in annotations if all(name is None or a.get(k) == name for k, name in wanted.items())]
     if not chosen:
         raise DataError(f"{place}: no annotation{' that was asked for' if annotations else ''} in it; check the file")
-    for kind, word in (("generator_2", "model"), ("annotator", "annotator")):
+    for kind, word, option in (("generator_2", "model", "--generator"), ("annotator", "annotator", "--annotator")):
         names = sorted({str(a.get(kind)) for a in chosen})
         if len(names) > 1:
-            raise DataError(f"{place}: annotations of {len(names)} {word}s ({', '.join(names[:5])}); choose one")
+            said = ", ".join(names[:5])
+            raise DataError(f"{place}: annotations of {len(names)} {word}s ({said}); choose one with {option}")
     return chosen
 
 
@@ -425,6 +427,10 @@ def _missing(official: Official | None, missing: list[str] | None) -> str:
     named = ", ".join(_short(official.instructions[key]) for key in missing[:NAMED])
     more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
     return f"{len(missing)} of the {PROMPTS} official prompts missing: {named}{more}"
+
+
+def _fitted(lc: LengthControlled) -> str:
+    return f"{lc.name}: {lc.note}" if lc.note else ""
 
 
 def _short(text: str) -> str:

@@ -30,6 +30,7 @@ HUB = "hub"
 HUB_NAME = "tatsu-lab/alpaca_eval"
 REFERENCES = "alpaca_eval_gpt4_baseline.json"
 LENGTH_DATA = "df_gamed.csv"
+OPTIONS = {REFERENCES: "--reference-outputs", LENGTH_DATA: "--lc-data"}
 
 PROMPTS = 805
 REFERENCE_LENGTHS = "eb58f1e0c66beb54e25cf34a49a36ed0997f19ed35d5a1468e991d636b2328ff"
@@ -148,7 +149,9 @@ def read_length_data(source: Source) -> LengthData:
     """`df_gamed.csv`, from a file or the hub (`"hub"`). Raises DataError if it is not what AlpacaEval uses."""
     path = Path(fetch(LENGTH_DATA)) if source == HUB else Path(source)
     whole = _bytes(path)
-    rows = list(csv.DictReader(whole.decode("utf-8-sig", "replace").splitlines()))
+    table = csv.DictReader(whole.decode("utf-8-sig", "replace").splitlines())
+    table.fieldnames = ["index" if name == "idx" else name for name in table.fieldnames or []]
+    rows = list(table)
     if missing := [c for c in LENGTH_COLUMNS if not rows or c not in rows[0]]:
         raise DataError(f"{path}: no column {', '.join(missing)}; give AlpacaEval's {LENGTH_DATA}")
     try:
@@ -169,7 +172,7 @@ def fetch(name: str) -> str:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    mend = f"connect to the network, or give the file {name} itself"
+    mend = f"connect to the network, or give the file {name} itself as {OPTIONS[name]}"
     if not HF_HUB_OFFLINE and not sources.reachable():
         raise DataError(f"{HUB_NAME}: the hub cannot be reached; {mend}")
     try:

@@ -191,8 +191,8 @@ def lint_items(
             for kind, note in tokens(item):
                 tally.hit(kind, note=note)
             lengths["tokens"].add(item, tokens.lengths)
-            if anatomy and len(shown) < show:
-                shown.append(mask(row.number, item, anatomy))
+            if anatomy and len(shown) < show and (seen := mask(row.number, item, anatomy)):
+                shown.append(seen)
     skipped = [*endings.doubts(tally)]
     if unseen:
         skipped.append(f"near-duplicates of {unseen} prompts: only the first {len(index)} different ones are compared")
@@ -217,11 +217,14 @@ def _prompt(item: Item, number: int, index: Near, evaluation: Near | None, tally
     """Near-duplicates, overlap, strings of special tokens. True if the index was full and could not take the prompt."""
     said = [turn.content for turn in item.messages if turn.role != "system"]
     text = "\n".join(said)
-    like = index.like(text)
-    if like is None:
-        index.add(number, text)
-    elif like[1] < 1:  # the same prompt again is how several pairs of one prompt are written
-        tally.hit("near-prompts", note=f"row {like[0]}, {like[1]:.2f} alike")
+    unseen = False
+    if not index.knows(text):  # the same prompt again is how several pairs of one prompt are written
+        like = index.like(text)
+        if like is None:
+            unseen = index.full
+            index.add(number, text)
+        else:
+            tally.hit("near-prompts", note=f"row {like[0]}, {like[1]:.2f} alike")
     if evaluation is not None:
         asked = [turn.content for turn in item.messages if turn.role == "user"]
         matches = [match for question in asked if (match := evaluation.like(question))]
@@ -230,7 +233,7 @@ def _prompt(item: Item, number: int, index: Near, evaluation: Near | None, tally
             tally.hit("overlap", "exact" if value == 1 else "near", f"row {row} of the evaluation file, {value:.2f}")
     for string in dict.fromkeys(s for turn in item.messages for s in look.special_strings(turn.content)):
         tally.hit("special-strings", string, "in the prompt")
-    return like is None and index.full
+    return unseen
 
 
 def _answers(item: Item, near: float, endings: _Endings, tally: _Tally) -> None:

@@ -91,6 +91,7 @@ class Near:
         self._texts: list[tuple[int, str]] = []
         self._same: dict[str, int] = {}
         self._bands: dict[int, int] = {}
+        self._to_the_letter: set[bytes] = set()
         self._characters = 0
 
     def __len__(self) -> int:
@@ -100,6 +101,10 @@ class Near:
     def full(self) -> bool:
         """Whether no further text is remembered."""
         return len(self._texts) >= self._most or self._characters >= MOST_CHARACTERS
+
+    def knows(self, text: str) -> bool:
+        """Whether exactly this text, layout and all, is remembered."""
+        return digest(text) in self._to_the_letter
 
     def like(self, text: str) -> tuple[int, float] | None:
         """The row of a remembered text that is like this one, and how alike they are; None if there is none."""
@@ -116,14 +121,15 @@ class Near:
 
     def add(self, row: int, text: str) -> None:
         """Remember a text, unless the index is full or has the same one."""
-        text, _, numbers = _looked_at(text)
-        if self.full or text in self._same:
+        loose, _, numbers = _looked_at(text)
+        if self.full or loose in self._same:
             return
-        self._same[text] = row
-        self._characters += len(text)
+        self._to_the_letter.add(digest(text))
+        self._same[loose] = row
+        self._characters += len(loose)
         for band in numbers:
             self._bands.setdefault(band, len(self._texts))
-        self._texts.append((row, text))
+        self._texts.append((row, loose))
 
 
 def alike(x: str, y: str) -> float:

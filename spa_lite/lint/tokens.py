@@ -124,11 +124,14 @@ def _without(text: str, strings: Sequence[str]) -> str:
     return text
 
 
-def mask(row: int, item: Item, anatomy: Anatomy) -> Mask:
-    """A record's tokens, and which of them are scored. Raises ModelError where the template refuses it."""
+def mask(row: int, item: Item, anatomy: Anatomy) -> Mask | None:
+    """A record's tokens, and which of them are scored; None where the template refuses it, which TokenChecks tells."""
     tokenizer = anatomy.tokenizer
-    prompt = tuple(tokenizer.encode_prompt(item.messages))
-    answers = [answer_ids(item.messages, answer, tokenizer) for answer in item.answers]
+    try:
+        prompt = tuple(tokenizer.encode_prompt(item.messages))
+        answers = [answer_ids(item.messages, answer, tokenizer) for answer in item.answers]
+    except (ModelError, DataError):
+        return None
     return Mask(
         row=row,
         id=item.id,

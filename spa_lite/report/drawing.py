@@ -241,8 +241,9 @@ def legend(figure: Figure, entries: Entries) -> None:
 
 
 def _columns(names: Sequence[str]) -> int:
+    """As many as are sure to fit into the width of a figure, at 0.075 inches per letter."""
     widest = max(map(len, names), default=0)
-    return max(1, min(len(names), 3 if widest <= 16 else 2 if widest <= 30 else 1))
+    return max(1, min(len(names), 3 if widest <= 13 else 2 if widest <= 24 else 1))
 
 
 def patch(colour: str, alpha: float = 1.0) -> Any:

@@ -1,4 +1,5 @@
-"""Which answers and judgements a report shows, and the token credit of these few."""
+"""Which answers and judgements a report shows, and what needs the run's model: the token credit of these few, and
+answers of a run that kept none."""
 
 from __future__ import annotations
 
@@ -8,13 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from spa_lite import encode, prepare
 from spa_lite.backend import INIT, POLICY, Backend
 from spa_lite.credit import Credit, credit
+from spa_lite.data import conversation_key
 from spa_lite.errors import SpaError
 from spa_lite.recipe import Recipe
 from spa_lite.records import Message
 from spa_lite.report.collect import Judged, Side, Stage, Told, answers_of, gold_score, judged_of, right
 from spa_lite.report.looks import some
+from spa_lite.sample import Encoded, answer
 
 OpenBackend = Callable[[Recipe], Backend]
 """Loads the model of a run's recipe."""
@@ -106,16 +110,67 @@ def side_by_side(runs: Sequence[Told]) -> list[Example]:
     found = []
     scores = [_scores(run, pile) for (run, _, _), pile in zip(columns, piles, strict=True)]
     for why, i in _interesting(common, scores, several=len(runs) > 1):
-        cells: list[Cell] = []
+        cells = []
         for (run, _, title), pile in zip(columns, piles, strict=True):
             side = pile[i].completions[0]
-            cell = Cell(title, side.text, len(side.ids), side.ended == "cap", gold_score(run, pile[i].extra, side))
-            same = next((n for n, other in enumerate(cells) if replace(other, title=title) == cell), None)
-            if same is None:
-                cells.append(cell)
-            else:
-                cells[same] = replace(cell, title=f"{cells[same].title}, {title}")
-        found.append(Example(why, piles[0][i].messages, cells))
+            score = gold_score(run, pile[i].extra, side)
+            cells.append(Cell(title, side.text, len(side.ids), side.ended == "cap", score))
+        found.append(Example(why, piles[0][i].messages, _merged(cells)))
+    return found
+
+
+def sampled(run: Told, open_backend: OpenBackend) -> list[Example]:
+    """The same of a run that kept no answers: init and its last policy answer the first held-out prompts now.
+
+    Nothing where there is no policy or no held-out pair; a note of the run says why it could not be done.
+    """
+    trained = [stage for stage in run.stages if (run.folder / stage.place / "adapter").is_dir()]
+    if run.recipe is None or not trained or "-" in (run.recipe.inputs.held_out, run.recipe.inputs.seed_pairs):
+        return []  # standard input was read long ago
+    try:
+        return _sampled(run, run.recipe, trained[-1], open_backend)
+    except (SpaError, OSError) as error:
+        run.problems.append(f"answers before and after were not sampled: {error}")
+        return []
+
+
+def _sampled(run: Told, recipe: Recipe, last: Stage, open_backend: OpenBackend) -> list[Example]:
+    pairs = prepare.read(replace(recipe, rounds=0)).held_out_pairs  # without the prompts of the rounds
+    prompts = list({conversation_key(pair.messages): pair.prompt for pair in reversed(pairs)}.values())[::-1][:FIRST]
+    if not prompts:
+        return []
+    backend = open_backend(recipe)
+    start = recipe.inputs.init_adapter
+    backend.bind(INIT, Path(start) if start else None)
+    backend.bind(POLICY, _adapter(run, last.number))
+    encoded: list[Encoded] = encode.encode_prompts(
+        prompts,
+        backend.tokenizer,
+        max_prompt_length=recipe.lengths.max_prompt_length,
+        long_prompts=recipe.lengths.long_prompts,
+        max_tokens=recipe.sampling.max_tokens,
+        context=backend.context,
+    )[0]
+    before, after = (answer(backend, encoded, recipe, 0, 1, role) for role in (INIT, POLICY))
+    found = []
+    for one, other in zip(before, after, strict=True):
+        cells = [
+            Cell(title, said.text, len(said.ids), said.ended == "cap", None)
+            for title, said in (("init", one.completions[0]), (last.name, other.completions[0]))
+        ]
+        found.append(Example("", one.messages, _merged(cells)))
+    return found
+
+
+def _merged(cells: Sequence[Cell]) -> list[Cell]:
+    """Equal answers once, under the names of all who gave them."""
+    found: list[Cell] = []
+    for cell in cells:
+        same = next((n for n, other in enumerate(found) if replace(other, title=cell.title) == cell), None)
+        if same is None:
+            found.append(cell)
+        else:
+            found[same] = replace(cell, title=f"{found[same].title}, {cell.title}")
     return found
 
 

@@ -14,13 +14,16 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
+from spa_lite.backend import Backend
 from spa_lite.compare import csv_field
 from spa_lite.figures import inline_svg, style, visible, write_figure
 from spa_lite.files import write_atomic
 from spa_lite.inventory import STUDY
+from spa_lite.recipe import Recipe
 from spa_lite.report.collect import Told, read_runs
 from spa_lite.report.drawing import STYLE
-from spa_lite.report.examples import FIRST, OpenBackend, Shown, credited, judgements, side_by_side
+from spa_lite.report.evaluations import eval_sheet
+from spa_lite.report.examples import FIRST, OpenBackend, Shown, credited, judgements, sampled, side_by_side
 from spa_lite.report.figures import figures
 from spa_lite.report.looks import some
 from spa_lite.report.tables import changed, differences, facts, judging_sheet, settings, stage_sheet, tiles
@@ -44,16 +47,20 @@ def write_report(
     """Write the report of run folders (or studies) and return the path of the page.
 
     `out` is a folder (default: `report/` in the first run); it gets report.html, and each figure as PNG and CSV.
-    `backend` loads the model of a recipe, for the token credit of the few judgements that are shown; without it there
-    is none. `tell` hears what could not be read or computed. The same runs give the same bytes. Raises RunError if a
-    path is no run, or a run has another format.
+    `backend` loads the model of a recipe, for the token credit of the few judgements that are shown, and for answers
+    before and after where a run kept none; without it there are neither. `tell` hears what could not be read or
+    computed. The same runs give the same bytes. Raises RunError if a path is no run, or a run has another format.
     """
     told = read_runs(runs)
     folder = out or runs[0] / "report"
     folder.mkdir(parents=True, exist_ok=True)
     shown = judgements(told[0]) if len(told) == 1 else []
-    if backend is not None:
-        shown = credited(shown, backend)
+    examples = side_by_side(told)
+    if backend is not None and len(told) == 1:
+        opened = _once(backend)
+        shown = credited(shown, opened)
+        examples = examples or sampled(told[0], opened)
+    evaluations = [eval_sheet(run) for run in told]
     pictures = {}
     with style(**STYLE):
         for one in figures(told):
@@ -75,12 +82,13 @@ def write_report(
         groups=[(title, [name for name in names if name in pictures]) for title, names in GROUPS],
         sheets=[stage_sheet(run) for run in told],
         judging=[judging_sheet(run) for run in told],
+        evaluations=evaluations,
         differences=differences(told),
         study=any((path / STUDY).is_file() for path in runs),
         facts=[facts(run) for run in told],
         settings=[settings(run) for run in told],
         changed=[changed(run) for run in told],
-        examples=side_by_side(told),
+        examples=examples,
         first=FIRST,
         shown_runs=len(some(told)),
         has_gold=all(run.gold for run in told),
@@ -92,6 +100,18 @@ def write_report(
         for line in run.problems:
             tell(f"{run.name}: {line}")
     return folder / NAME
+
+
+def _once(open_backend: OpenBackend) -> OpenBackend:
+    """The same for a run's recipe, which loads its model at the first call."""
+    found: list[Backend] = []
+
+    def opened(recipe: Recipe) -> Backend:
+        if not found:
+            found.append(open_backend(recipe))
+        return found[0]
+
+    return opened
 
 
 def _by_round(shown: Sequence[Shown]) -> list[dict[str, Any]]:

@@ -26,6 +26,8 @@ class Sheet:
 
 
 NONE = "–"
+WIDE = 14
+"""Columns that fit on a page."""
 
 
 def sheet(columns: Sequence[str], rows: Sequence[Sequence[str | None]]) -> Sheet:
@@ -192,7 +194,15 @@ def differences(runs: Sequence[Told]) -> Sheet:
     for run, numbers in zip(runs, found, strict=True):
         given = [plain(run.settings[p]) if p in run.settings else None for p in varied]
         rows.append([run.name, *given, *[_measured(n, numbers.get(n)) for n in names]])
-    return sheet(["run", *varied, *[_titled(name) for name in names]], rows)
+    return _narrow(sheet(["run", *varied, *[_titled(name) for name in names]], rows))
+
+
+def _narrow(found: Sheet) -> Sheet:
+    """A table that is too wide for a page is turned, if that makes it narrower."""
+    if len(found.columns) <= max(WIDE, 1 + len(found.rows)):
+        return found
+    names, *columns = zip(*found.rows, strict=True)
+    return Sheet(["", *names], [[title, *cells] for title, cells in zip(found.columns[1:], columns, strict=True)])
 
 
 SHARES = {
