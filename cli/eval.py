@@ -65,6 +65,10 @@ def evaluate(
     multiple_choice: Annotated[
         str | None, _option("--multiple-choice", metavar="FILE", help="Multiple-choice questions.")
     ] = None,
+    difficulty: Annotated[
+        str | None,
+        _option("--difficulty", metavar="FIELD", help="head-to-head: a number of each prompt, for its length control."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results (default: eval/ of the run, or here).")
     ] = None,
@@ -94,6 +98,7 @@ def evaluate(
         "--references": references,
         "--gsm8k": gsm8k,
         "--multiple-choice": multiple_choice,
+        "--difficulty": difficulty,
     }
     mode = which_mode(a, b, bench, {name for name, value in files.items() if value})
     check_read(mode, given, run)
@@ -151,6 +156,8 @@ def which_mode(a: str | None, b: str | None, bench: str | None, options: set[str
             raise RecipeError(f"{odd[0]} belongs to --bench {name}; give that, too, or leave {odd[0]} out")
     if {"--generator", "--annotator"} & options and "--from-annotations" not in options:
         raise RecipeError("--generator and --annotator choose from a file; give it as --from-annotations")
+    if "--difficulty" in options and asked:
+        raise RecipeError(f"{asked[0]} has no use for --difficulty; leave it out")
     if bench:
         if b:
             raise RecipeError(f"--bench {bench} is about one model; leave --b out")
@@ -159,6 +166,8 @@ def which_mode(a: str | None, b: str | None, bench: str | None, options: set[str
         return "knowledge"
     if (a is None) != (b is None):
         raise RecipeError("a head-to-head needs two sides; give --a and --b")
+    if a is None and "--difficulty" in options:
+        raise RecipeError("--difficulty is about a head-to-head; give --a and --b, too, or leave it out")
     return "head-to-head" if a else "held-out"
 
 
@@ -202,7 +211,7 @@ def measured(work: Work, mode: str, a: str | None, b: str | None, files: Mapping
 
         assert a
         assert b
-        return [head_to_head(work, a, b)]
+        return [head_to_head(work, a, b, files["--difficulty"])]
 
     from spa_lite.cli import eval_benches as benches
 

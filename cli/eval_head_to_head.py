@@ -13,14 +13,14 @@ from spa_lite.cli.eval_held_out import held_out_pairs
 from spa_lite.cli.eval_judges import judged, judging_recipe, own_judge
 from spa_lite.cli.eval_sides import answered, described, same_model, side
 from spa_lite.cli.eval_work import Work, circumstances
-from spa_lite.errors import RecipeError
+from spa_lite.errors import DataError, RecipeError
 from spa_lite.lesson import source
 from spa_lite.records import Prompt, Sample
 from spa_lite.store import digest
 
 
-def head_to_head(work: Work, a: str, b: str) -> dict[str, Any]:
-    """Side a against side b."""
+def head_to_head(work: Work, a: str, b: str, difficulty: str | None = None) -> dict[str, Any]:
+    """Side a against side b; `difficulty` is the field of the prompts' records that says how hard they are."""
     sides = [side(work, a), side(work, b)]
     lesson = prepare.is_lesson(work.recipe) and not any(s.file or s.recipe.inputs.model for s in sides)
     r = judging_recipe(work, lesson)
@@ -28,8 +28,9 @@ def head_to_head(work: Work, a: str, b: str) -> dict[str, Any]:
     samples, left_out = both(work, sides, prompts)
     if left_out:
         render.note(f"{left_out} of {len(prompts)} prompts are left out: not both sides answer them")
+    hard = difficulties(samples, difficulty) if difficulty else None
     judge, opinions = judged(work, r, sides, samples)
-    result = numbers.head_to_head(samples, opinions, r.seed)
+    result = numbers.head_to_head(samples, opinions, r.seed, hard)
     return {
         "kind": "head-to-head",
         "title": f"{a} against {b} by {judge.name}",
@@ -38,11 +39,23 @@ def head_to_head(work: Work, a: str, b: str) -> dict[str, Any]:
         "judge": {"name": judge.name, "key": judge.key, "by": r.judge.by},
         **result.to_dict(),
         "left_out": left_out,
+        "difficulty": difficulty,
         "data": digest([[(m.role, m.content) for m in s.messages] for s in samples]),
         "answers": digest([[c.text for c in s.completions] for s in samples]),
         "warnings": [*result.warnings, *own_judge(r, sides)],
         **circumstances(work),
     }
+
+
+def difficulties(samples: Sequence[Sample], field: str) -> list[float]:
+    """A field of every prompt's record as numbers. Raises DataError where it is missing or none."""
+    found = [sample.extra.get(field) for sample in samples]
+    for sample, value in zip(samples, found, strict=True):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise DataError(
+                f"--difficulty {field}: prompt {sample.id} has no number of that name; add it to every record"
+            )
+    return [float(value) for value in found if value is not None]
 
 
 def prompts_for(work: Work, sides: Sequence[Side], lesson: bool) -> list[Prompt]:

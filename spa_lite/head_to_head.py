@@ -102,8 +102,13 @@ class HeadToHead:
         }
 
 
-def head_to_head(samples: Sequence[Sample], opinions: Sequence[Opinion], seed: int = 0) -> HeadToHead:
-    """Compare first answers with second ones. Raises DataError for no samples, or one without two answers."""
+def head_to_head(
+    samples: Sequence[Sample], opinions: Sequence[Opinion], seed: int = 0, difficulty: Sequence[float] | None = None
+) -> HeadToHead:
+    """Compare first answers with second ones. `difficulty`, one number per prompt, enters the length control.
+
+    Raises DataError for no samples, or one without two answers.
+    """
     if not samples:
         raise DataError("there is no prompt that both sides answered, so there is nothing to compare")
     for sample in samples:
@@ -118,7 +123,7 @@ def head_to_head(samples: Sequence[Sample], opinions: Sequence[Opinion], seed: i
         wins=wins,
         win_rate=rate,
         decisive=intervals.share([float(w > 0.5) for w in wins if w != 0.5], seed),
-        length_controlled=length_controlled(wins, list(lengths[:, 0] - lengths[:, 1]), seed=seed),
+        length_controlled=length_controlled(wins, list(lengths[:, 0] - lengths[:, 1]), difficulty, seed),
         orders=_orders(opinions, differ),
         ties=wins.count(0.5),
         identical=differ.count(False),

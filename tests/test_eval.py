@@ -122,6 +122,21 @@ def test_the_longer_answers_win(here: Path, capfd: pytest.CaptureFixture[str]) -
     assert len(json.loads((here / "eval.json").read_text())["results"]) == 2
 
 
+def test_difficulty_of_the_prompts_enters_the_length_control(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As a field of every record, under a name of its own; where a record lacks it, that is said."""
+    hard = here / "hard.jsonl"
+    asked = [{"prompt": f"say a word {i}", "hard": (i % 4) / 2} for i in range(12)]
+    hard.write_text("".join(json.dumps(one) + "\n" for one in asked))
+    words = ["eval", "--a", LAST, "--b", FIRST, "--prompts", str(hard), "--judge", "longest"]
+    plain, found = result(capfd, here, *words), result(capfd, here, *words, "--difficulty", "hard")
+    assert plain["length_controlled"]["name"] == "LC (no difficulty)"
+    assert found["length_controlled"]["name"] == "LC (with difficulty)"
+    assert found["length_controlled"]["interval"] != plain["length_controlled"]["interval"]
+    assert found["win_rate"] == plain["win_rate"]
+    code, _, err = call(capfd, *words, "--difficulty", "soft", "--out", str(here))
+    assert (code, "no number of that name" in err) == (1, True)
+
+
 def test_sides_in_every_form(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A run, its last stage, and an adapter folder are the same side; init and a whole model are others."""
     (same,) = {
@@ -359,6 +374,8 @@ def test_what_would_change_nothing_is_refused(mode: str, path: str, flag: str) -
 WRONG: list[tuple[list[str], int, str]] = [
     (["eval", "--a", LAST], 2, "--a and --b"),
     ([*VERSUS], 2, "who shall judge"),
+    (["eval", "--run", "r", "--difficulty", "x"], 2, "--difficulty is about a head-to-head"),
+    (["eval", "--bench", "alpaca", "--run", "r", "--difficulty", "x"], 2, "no use for --difficulty"),
     ([*VERSUS, "--judge", "gold"], 2, "gold knows no truth"),
     ([*VERSUS, "--judge", "openai"], 2, "--judge-url"),
     ([*VERSUS, "--judge", "implicit"], 2, "--adapter-path"),

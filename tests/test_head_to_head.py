@@ -139,6 +139,17 @@ def test_length_control_sees_through_length() -> None:
     assert found.length_controlled.interval.value == pytest.approx(0.5, abs=0.01)
 
 
+def test_difficulty_explains_what_length_cannot() -> None:
+    """Hard prompts are lost and easy ones won, with equal lengths on both: the fit sees it, the mean stays."""
+    pairs = [sample("x" * n, "y" * 5) for n in (4, 6)] * 80
+    opinions = [Opinion(scores=(1.0, 0.0))] * 80 + [Opinion(scores=(0.0, 1.0))] * 80
+    found = head_to_head(pairs, opinions, difficulty=[1.0] * 80 + [-1.0] * 80)
+    assert found.length_controlled.difficulty > 1
+    assert head_to_head(pairs, opinions).length_controlled.difficulty == 0
+    assert found.length_controlled.interval is not None
+    assert found.length_controlled.interval.value == pytest.approx(0.5, abs=0.01)
+
+
 def test_nothing_to_compare() -> None:
     with pytest.raises(DataError, match="no prompt that both sides answered"):
         head_to_head([], [])
