@@ -109,7 +109,8 @@ def _lines(every: float = 5.0) -> Report:
         if event.unit == "stage" or not (event.done or event.total):
             return
         if event.stage not in began:
-            began[event.stage], last["line"] = (before, event.done - 1), before
+            # Answers and scores come in bursts, a batch at a time: after the first one nothing is known of the pace.
+            began[event.stage], last["line"] = (before, event.done - 1), before if event.unit == "steps" else now
         start, skipped = began[event.stage]
         if event.done != event.total and now - last["line"] < every:
             return
