@@ -621,7 +621,7 @@ def test_wrong_input_gets_one_sentence(
 
 def test_the_other_model_is_looked_at_first(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A reference that is not there, or that reads text differently, is refused before the policy scores anything."""
-    pytest.importorskip("transformers")
+    pytest.importorskip("torch", reason="tiny models are made with torch")
     from tests import tiny
 
     one, other = (tiny.make_model(tmp_path / name, "llama") for name in ("one", "other"))
@@ -703,7 +703,7 @@ def test_a_subset_that_nobody_is_in_is_said(here: Path, capfd: pytest.CaptureFix
 
 def test_scores_equal_a_plain_transformers_loop(tmp_path: Path) -> None:
     """One answer at a time, log-softmax, sum: to 1e-4 nats, on a small random Llama."""
-    pytest.importorskip("transformers")
+    pytest.importorskip("torch", reason="tiny models are made with torch")
     from benchmarks.bench_judge import plain_scores
     from tests import tiny
 
