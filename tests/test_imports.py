@@ -164,16 +164,26 @@ def test_help_loads_no_framework() -> None:
     assert loaded & {*FRAMEWORKS, "datasets", "pandas"} == set()
 
 
+BARE = "import typer; app = typer.Typer(); app.command()(lambda: None); app(['--help'])"
+"""The smallest program that has a help page of this kind."""
+
+
 def test_help_is_quick() -> None:
-    """Processor time, not the clock, and the best of a few: other programs may be busy."""
+    """Half a second; on a slow or busy machine, 2.5 times what a bare Typer program takes there (1.5 to 1.9 were seen).
+
+    Processor time, not the clock, and the best of a few: other programs may be busy.
+    """
     resource = pytest.importorskip("resource")
-    spent = []
-    for _ in range(5):
+
+    def spent(*words: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "spa_lite.cli", "--help"], cwd=ROOT, capture_output=True, check=True)
+        subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(spent) < 0.5, spent
+        return float(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+    found = [(spent("-m", "spa_lite.cli", "--help"), spent("-c", BARE)) for _ in range(5)]
+    ours, bare = (min(times) for times in zip(*found, strict=True))
+    assert ours < max(0.5, 2.5 * bare), found
 
 
 @pytest.mark.parametrize("name", sorted(name for name in EVERY if not name.endswith("__main__")))
