@@ -169,7 +169,7 @@ def to_file(job: Job, output: Path, fresh: bool) -> Progress:
 def say(job: Job, done: Progress) -> None:
     """What came out, on stderr: counts in sentences, and tables where there are gold labels."""
     from spa_lite.cli import render
-    from spa_lite.verdict import NO_GROUP
+    from spa_lite.judged import NO_GROUP
 
     tally = done.tally
     skipped = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in done.counts.items() if count)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from spa_lite.intervals import wilson
+from spa_lite.intervals import mcnemar, wilson
 
 BINS = 10
 GROUPS = 1000
@@ -175,19 +175,6 @@ def share_of_best(values: Sequence[float], best: int) -> float:
     """1 if the highest value is that of the best answer, 0 if it is another's; at a tie of k for the highest, 1/k."""
     top = max(values)
     return 1 / sum(v == top for v in values) if values[best] == top else 0.0
-
-
-def mcnemar(only_first: int, only_second: int) -> float | None:
-    """Two-sided p of McNemar's test: exact binomial, or (from 1,000 records on) the normal approximation.
-
-    None where the two never differ.
-    """
-    n, low = only_first + only_second, min(only_first, only_second)
-    if n == 0:
-        return None
-    if n < 1000:
-        return min(1.0, 2 * sum(math.comb(n, k) for k in range(low + 1)) / 2.0**n)
-    return math.erfc(max(0.0, abs(only_first - only_second) - 1) / math.sqrt(2 * n))
 
 
 def deciles(margins: dict[int, Share]) -> list[dict[str, float]]:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from spa_lite.intervals import Interval as Interval
+from spa_lite.intervals import bootstrap
 from spa_lite.intervals import wilson as wilson
-from spa_lite.keys import digest, generator
 from spa_lite.records import Completion, Judgement, Sample, Side
 
 GoldRule = Callable[[Mapping[str, Any], str, bool], Mapping[str, float] | None]
@@ -19,11 +19,10 @@ weighted "score", or None where the truth is not known."""
 
 def win_rate(scores: Sequence[float], baseline: Sequence[float], seed: int, resamples: int) -> Interval:
     """Share of prompts on which `scores` beats `baseline`, ties half, with a paired bootstrap over prompts."""
-    wins = np.array([1.0 if s > b else 0.5 if s == b else 0.0 for s, b in zip(scores, baseline, strict=True)])
-    rng = generator(digest("bootstrap", seed))
-    means = np.array([wins[rng.integers(0, len(wins), len(wins))].mean() for _ in range(resamples)])
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float(wins.mean()), float(low), float(high), len(wins))
+    wins = [1.0 if s > b else 0.5 if s == b else 0.0 for s, b in zip(scores, baseline, strict=True)]
+    rate = bootstrap(wins, seed, resamples)
+    assert rate is not None
+    return rate
 
 
 def gold_means(samples: Sequence[Sample], rule: GoldRule) -> tuple[dict[str, float], list[float]]:

@@ -22,6 +22,9 @@ FEW = 50
 RARE = 20
 """Below this many items, or of them wins, losses or changes, there is a formula: a bootstrap of fewer is too narrow."""
 
+MANY = 1000
+"""From so many items on, that fell either way, a normal approximation serves."""
+
 Floats = NDArray[np.float64]
 
 _CELLS = 100_000
@@ -126,16 +129,19 @@ def difference(
     return Interval(float(change.mean()), max(-1.0, centre - half), min(1.0, centre + half), n)
 
 
-def mcnemar(after: Sequence[bool], before: Sequence[bool]) -> float:
-    """Exact McNemar test: two-sided p of the same items being right as often after as before.
+def mcnemar(gained: int, lost: int) -> float | None:
+    """McNemar's test: two-sided p of two judgements of the same items being right equally often; None if they never
+    differ.
 
-    Only the items whose answer changed count; under the null hypothesis each changed either way with probability 0.5.
+    `gained` and `lost` count the items on which only the one, only the other is right. Under the null hypothesis each
+    fell either way with probability 0.5: exact, or (from 1,000 such items on) the normal approximation.
     """
-    gained = sum(a and not b for a, b in zip(after, before, strict=True))
-    lost = sum(b and not a for a, b in zip(after, before, strict=True))
-    n = gained + lost
-    log_terms = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(min(gained, lost) + 1)]
-    return min(1.0, 2 * math.fsum(math.exp(term - n * math.log(2)) for term in log_terms))
+    n, fewer = gained + lost, min(gained, lost)
+    if n == 0:
+        return None
+    if n < MANY:
+        return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2.0**n)
+    return math.erfc(max(0.0, abs(gained - lost) - 1) / math.sqrt(2 * n))
 
 
 def prompts_needed(effect: float, sd: float, power: float = 0.8) -> int | None:

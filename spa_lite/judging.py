@@ -27,6 +27,7 @@ from spa_lite.events import Event, Report, silent
 from spa_lite.fit import NAME, Remembered, halving
 from spa_lite.journal import Spool
 from spa_lite.judge import Scorer, decide, no_reference, rows_of
+from spa_lite.judged import Item, Judged
 from spa_lite.judges.controls import Gold
 from spa_lite.models import Models
 from spa_lite.opinion import Judge, Opinion
@@ -34,7 +35,6 @@ from spa_lite.recipe import Recipe, settings_of
 from spa_lite.records import Completion, Row, Sample, Score
 from spa_lite.stages import folder_digest
 from spa_lite.unfinished import finish, unfinished
-from spa_lite.verdict import Item, Verdict
 
 CHUNK = 256
 """Records taken together. What comes out may depend on it (by rounding), so it is the same always."""
@@ -330,13 +330,13 @@ class Job:
         credit: list[list[tuple[str, float]]] | None,
     ) -> Any:
         """What is written of a record; and it is counted."""
-        verdict = Verdict(item, opinion, self.recipe, progress.drift or 0.0)
-        progress.tally.add(verdict.seen(policy, self.by))
+        judged = Judged(item, opinion, self.recipe, progress.drift or 0.0)
+        progress.tally.add(judged.seen(policy, self.by))
         if self.full:
             return decide(item.sample, policy, reference, opinion, self.recipe)
         against = reference if self.recipe.judge.by == "implicit" else None
         assert self.judge
-        return verdict.line(self.judge.name, policy, against, credit)
+        return judged.line(self.judge.name, policy, against, credit)
 
     # -- two whole models --------------------------------------------------------------------------------------
 

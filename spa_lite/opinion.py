@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from spa_lite.objective import preference
 from spa_lite.records import Record, Sample
 
 Tick = Callable[[], None]
@@ -48,7 +49,7 @@ class Opinion(Record, frozen=True, kw_only=True):
         ]
         if seen:
             return sum(seen) / len(seen)
-        return _sigmoid(self.scores[i] - self.scores[j]) if self.odds else None
+        return float(preference(self.scores[i] - self.scores[j])) if self.odds else None
 
 
 class Judge(Protocol):
@@ -86,7 +87,3 @@ def compared(n: int, verdicts: Sequence[Verdict]) -> Opinion:
 def both_orders(n: int) -> list[tuple[int, int]]:
     """(first, second) of every comparison of n answers: each pair in both orders."""
     return [order for i in range(n) for j in range(i + 1, n) for order in ((i, j), (j, i))]
-
-
-def _sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spa_lite.agreement import BINS, GROUPS, OTHERS, Seen, Tally, deciles, mcnemar, share_of_best
-from spa_lite.intervals import wilson
+from spa_lite.agreement import BINS, GROUPS, OTHERS, Seen, Tally, deciles, share_of_best
+from spa_lite.intervals import mcnemar, wilson
 
 
 def seen(p: float, right: float, **changes: object) -> Seen:

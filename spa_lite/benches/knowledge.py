@@ -77,15 +77,18 @@ def compare(before: Sequence[Outcome], after: Sequence[Outcome], seed: int) -> d
         )
     old, new = [first[name] for name in common], [second[name] for name in common]
     difference = intervals.difference(new, old, seed)
+    gained = sum(b and not a for a, b in zip(old, new, strict=True))
+    lost = sum(a and not b for a, b in zip(old, new, strict=True))
+    p = intervals.mcnemar(gained, lost)
     return {
         "questions": len(common),
         "left_out": len(first.keys() ^ second.keys()),
         "before": sum(old) / len(old),
         "after": sum(new) / len(new),
         "difference": difference.to_dict() if difference else None,
-        "gained": sum(b and not a for a, b in zip(old, new, strict=True)),
-        "lost": sum(a and not b for a, b in zip(old, new, strict=True)),
-        "p": intervals.mcnemar(new, old),
+        "gained": gained,
+        "lost": lost,
+        "p": 1.0 if p is None else p,
     }
 
 

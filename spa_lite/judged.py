@@ -26,7 +26,7 @@ class Item(Record, frozen=True, kw_only=True):
     gold: tuple[int, ...] = ()
 
 
-class Verdict:
+class Judged:
     """What an opinion comes to for one record."""
 
     def __init__(self, item: Item, opinion: Opinion, recipe: Recipe, drift: float) -> None:
