@@ -66,7 +66,7 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 def compare(before: Sequence[Outcome], after: Sequence[Outcome], seed: int) -> dict[str, Any]:
     """The difference that alignment made, on the questions that both answered, joined by question.
 
-    `difference` is after minus before, with a bootstrap over questions; `p` is McNemar's exact test. `left_out` counts
+    `difference` is after minus before, with a bootstrap over questions; `p` is of McNemar's test. `left_out` counts
     questions that only one of the two was asked. Raises DataError if they have no question in common.
     """
     first, second = _asked(before), _asked(after)
