@@ -4,6 +4,8 @@
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+PEERS ?= .venv-peers
+SUITES = step score sample round head
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 ARGS ?=
 
@@ -16,10 +18,10 @@ PRELOAD = $(if $(OPENBLAS),OPENBLAS_NUM_THREADS=$${OPENBLAS_NUM_THREADS:-1} LD_P
 PARALLEL = --numprocesses logical --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long lint fix bench clean
+.PHONY: help run test test-long lint fix bench bench-speed peers clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 run: $(VENV)/run.stamp ## the built-in lesson, from seed pairs to report
 	$(VENV)/bin/spa-lite run $(ARGS)
@@ -39,12 +41,19 @@ fix: $(VENV)/dev.stamp ## mend style and format in place
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/dev.stamp ## the benchmarks, one after the other
-	@for file in $(sort $(wildcard benchmarks/bench_*.py)); do \
+bench: $(VENV)/dev.stamp bench-speed ## all benchmarks, one after the other
+	@for file in $(filter-out $(SUITES:%=benchmarks/bench_%.py) benchmarks/bench_mlx_step.py,$(sort $(wildcard benchmarks/bench_*.py))); do \
 		echo "== $$file"; $(VENV)/bin/python $$file $(ARGS) || exit 1; done
 
+peers: $(PEERS)/peers.stamp ## an environment with the tools that bench-speed compares with
+
+bench-speed: $(PEERS)/peers.stamp ## speed against other tools, then docs/speed.md
+	@for suite in $(SUITES); do $(PEERS)/bin/python benchmarks/bench_$$suite.py $(ARGS) || exit 1; done
+	@$(PRELOAD)$(PEERS)/bin/python benchmarks/bench_mlx_step.py $(ARGS) || echo "MLX is left out"
+	@$(PEERS)/bin/python benchmarks/side_by_side.py --page
+
 clean: ## remove the environment, builds and caches (runs stay)
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is made once, and again when a requirement changes; after that no network is needed.
@@ -64,3 +73,10 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 		echo "MLX cannot be installed here (see above; on Linux it needs glibc 2.35): going on without it and its tests."; \
 		$(PIP) --editable ".[dev]"; }
 	@touch $@ $(VENV)/run.stamp
+
+$(PEERS)/peers.stamp: pyproject.toml constraints.txt benchmarks/peers.txt
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	@echo "Installing spa-lite and its peers into $(PEERS): up to 1.6 GB, once."
+	@$(PIP:$(VENV)/%=$(PEERS)/%) --editable ".[mlx]" --requirement benchmarks/peers.txt || \
+		$(PIP:$(VENV)/%=$(PEERS)/%) --editable . $$(grep '^trl' benchmarks/peers.txt)
+	@touch $@

@@ -12,14 +12,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from spa_lite.backend import (
     INIT,
     POLICY,
     PREVIOUS,
+    Activations,
     Batching,
     Floats,
+    Keep,
+    Known,
     Lora,
     ModelSettings,
     Objective,
@@ -32,7 +35,7 @@ from spa_lite.backends.chat import ChatTokenizer
 from spa_lite.backends.checks import check_prompts, check_rows
 from spa_lite.backends.decoding import Answer, Decoding
 from spa_lite.backends.model_folder import fingerprint
-from spa_lite.backends.packing import Packed, batches, pack
+from spa_lite.backends.packing import batches, responses_of
 from spa_lite.errors import BackendError, OutOfMemory
 from spa_lite.records import Completion, Ids, Row, Score
 from spa_lite.shape import Shape, shape_of
@@ -65,6 +68,8 @@ class Net(Protocol):
 
     context: int
     vocab: int
+    shared: int
+    """The longest line on which a prompt may stand once for several responses; 0 where the model cannot do that."""
 
 
 class Training(Protocol):
@@ -76,9 +81,12 @@ class Training(Protocol):
         objective: Objective,
         learning_rate: float,
         batching: Batching,
-        reference: Floats | None,
+        known: Known | None,
     ) -> StepStats:
         """One optimizer step on the mean loss over rows: whole, or (if anything is raised) not at all."""
+
+    def activations(self, row: Row) -> Activations:
+        """Measure what a step on this row would hold. Changes nothing."""
 
     def save(self, folder: Path) -> None:
         """Write the optimizer's state beside its adapter."""
@@ -93,7 +101,7 @@ class LocalBackend(ABC):
     def __init__(
         self, settings: ModelSettings, tokenizer: ChatTokenizer, adapters: Adapters, net: Net, weights_digest: str
     ) -> None:
-        self.settings, self.tokenizer, self.adapters = settings, tokenizer, adapters
+        self.settings, self.tokenizer, self.adapters, self.net = settings, tokenizer, adapters, net
         self.batching = settings.batching
         self.context, self.vocabulary = net.context, net.vocab
         self.fingerprint = fingerprint(weights_digest, tokenizer.fingerprint)
@@ -108,16 +116,18 @@ class LocalBackend(ABC):
         """Device, real dtype and bits, parameter counts, and whether a slower way had to be taken."""
 
     @abstractmethod
-    def _groups(self, prompts: Sequence[Ids]) -> list[list[int]]:
-        """Indices of prompts that are decoded together."""
+    def _groups(self, prompts: Sequence[Ids], sampling: Sampling) -> list[list[int]]:
+        """Indices of prompts that one decoder answers: all, if it refills; else by length, see `by_length`."""
 
     @abstractmethod
-    def _decoder(self, prompts: Sequence[Ids], keys: Sequence[Sequence[bytes]], sampling: Sampling) -> Decoding:
-        """Read the prompts under the adapter in use."""
+    def _decoder(
+        self, prompts: Sequence[Ids], keys: Sequence[Sequence[bytes]], sampling: Sampling, keep: bool
+    ) -> Decoding:
+        """A decoder of these prompts, for the adapter in use; `keep`: with the states of each answer."""
 
     @abstractmethod
-    def _token_logprobs(self, packed: Packed) -> Floats:
-        """Log-probs [N] of all response tokens under the adapter in use."""
+    def _token_logprobs(self, rows: Sequence[Row]) -> Floats:
+        """Log-probs [N] of all response tokens, in row order, under the adapter in use."""
 
     @abstractmethod
     def _new_training(self, optimizer: Optimizer, adapter: str) -> Training:
@@ -213,46 +223,45 @@ class LocalBackend(ABC):
     # Sampling
 
     def sample(
-        self, prompts: Sequence[Ids], n: int, sampling: Sampling, keys: Sequence[Sequence[bytes]], role: str = POLICY
-    ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
-        """Yield (index of prompt, its n completions) as they finish; prompts of like length share a batch."""
-        self._adapter(role)
-        check_prompts(prompts, n, keys, self.context)
-        self._enter(role)
-        groups = self._groups(prompts)
-        for batch in (part for group in groups for part in self._within_context(group, prompts, sampling)):
-            with self._memory_for(f"{len(batch)} prompts were answered together", "--sample-batch"):
-                yield from self._answers(batch, prompts, n, sampling, keys, role)
-        self._tidy()
-
-    def _within_context(self, group: list[int], prompts: Sequence[Ids], sampling: Sampling) -> list[list[int]]:
-        """The group in parts none of which, padded, grows beyond the context: some models have no position there."""
-        tight = [index for index in group if len(prompts[index]) + sampling.max_tokens > self.context]
-        roomy = [index for index in group if index not in tight]
-        return ([roomy] if roomy else []) + [[index] for index in tight]
-
-    def _answers(
         self,
-        batch: Sequence[int],
         prompts: Sequence[Ids],
         n: int,
         sampling: Sampling,
         keys: Sequence[Sequence[bytes]],
-        role: str,
+        role: str = POLICY,
+        keep: Keep | None = None,
     ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
-        """Answer the prompts of one batch together."""
+        """Yield (index of prompt, its n completions) as they finish; prompts of like length are read together."""
+        self._adapter(role)
+        check_prompts(prompts, n, keys, self.context)
         self._enter(role)
-        decoder = self._decoder([prompts[index] for index in batch], [keys[index] for index in batch], sampling)
-        waiting: dict[int, dict[int, Answer]] = {index: {} for index in batch}
+        for group in self._groups(prompts, sampling) if prompts else []:
+            with self._memory_for(f"{self.batching.sample} prompts were answered together", "--sample-batch"):
+                self._enter(role)
+                some, names = [prompts[index] for index in group], [keys[index] for index in group]
+                decoder = self._decoder(some, names, sampling, keep is not None)
+                for index, answers in self._answers(decoder, role, group, keep):
+                    yield index, tuple(self._completion(answer) for answer in answers)
+        self._tidy()
+
+    def _answers(
+        self, decoder: Decoding, role: str, group: Sequence[int], keep: Keep | None
+    ) -> Iterator[tuple[int, tuple[Answer, ...]]]:
+        """Yield (index of prompt, its n answers) as the last of them ends."""
+        n = decoder.n
+        waiting: dict[int, dict[int, Answer]] = {index: {} for index in group}
         for place, answer in decoder.answers(lambda: self._enter(role)):
-            index = batch[place // n]
-            waiting[index][place % n] = answer
+            index, number = group[place // n], place % n
+            if keep is not None and answer.states is not None:
+                keep(index, number, answer.states)
+            waiting[index][number] = answer._replace(states=None)
             if len(waiting[index]) == n:
-                yield index, tuple(self._completion(waiting[index][k]) for k in range(n))
+                found = waiting.pop(index)
+                yield index, tuple(found[k] for k in range(n))
 
     def _completion(self, answer: Answer) -> Completion:
-        ids, logprobs, ended = answer
-        return Completion(ids=ids, text=self.tokenizer.decode(ids), ended="eos" if ended else "cap", logprobs=logprobs)
+        ended: Literal["eos", "cap"] = "eos" if answer.ended else "cap"
+        return Completion(ids=answer.ids, text=self.tokenizer.decode(answer.ids), ended=ended, logprobs=answer.logprobs)
 
     # Scoring
 
@@ -262,11 +271,11 @@ class LocalBackend(ABC):
         """Yield (index of row, one Score per response), rows of like length first scored together."""
         self._adapter(role)
         check_rows(rows, self.context, self.vocabulary)
-        for batch in batches(rows, self.batching.score):
-            with self._memory_for(f"{len(batch)} rows were scored together", "--score-batch"):
+        for batch in batches(rows, self.batching.score_tokens, self.net.shared):
+            some = [rows[index] for index in batch]
+            with self._memory_for(f"{len(some)} rows were scored together", "--score-tokens"):
                 self._enter(role)
-                packed = pack([rows[index] for index in batch])
-                scores = packed.scores(self._token_logprobs(packed), per_token)
+                scores = responses_of(some).scores(self._token_logprobs(some), per_token)
             yield from zip(batch, scores, strict=True)
         self._tidy()
 
@@ -281,14 +290,25 @@ class LocalBackend(ABC):
         self._tidy()
 
     def dpo_step(
-        self, rows: Sequence[Row], objective: Objective, learning_rate: float, reference: Floats | None = None
+        self, rows: Sequence[Row], objective: Objective, learning_rate: float, known: Known | None = None
     ) -> StepStats:
-        """One optimizer step on the mean loss over rows, micro-batch by micro-batch in row order."""
+        """One optimizer step on the mean loss over rows, micro-batch by micro-batch."""
+        training = self._under_way()
+        check_rows(rows, self.context, self.vocabulary)
+        with self._memory_for(f"{self.batching.micro_tokens} tokens were trained on together", "--micro-tokens"):
+            return training.step(rows, objective, learning_rate, self.batching, known)
+
+    def activations(self, row: Row) -> Activations | None:
+        """Measure what a training step on this row would hold."""
+        training = self._under_way()
+        check_rows([row], self.context, self.vocabulary)
+        with self._memory_for("one pair was tried out", "--max-seq-length"):
+            return training.activations(row)
+
+    def _under_way(self) -> Training:
         if self._training is None:
             raise BackendError("no training is under way: call start_training or restore first")
-        check_rows(rows, self.context, self.vocabulary)
-        with self._memory_for(f"{min(self.batching.micro, len(rows))} pairs were trained on together", "--micro-batch"):
-            return self._training.step(rows, objective, learning_rate, self.batching, reference)
+        return self._training
 
     def save(self, folder: Path, role: str = POLICY, optimizer: bool = True) -> None:
         """Write the adapter (PEFT, float32) and, for POLICY in training, `optimizer.safetensors` beside it."""
@@ -307,12 +327,17 @@ class LocalBackend(ABC):
         self._training = self._old_training(folder, name)
 
 
-def by_length(prompts: Sequence[Ids], size: int, equal: bool = False) -> list[list[int]]:
-    """Indices of at most `size` prompts of like length; of the same length if `equal`."""
+def by_length(prompts: Sequence[Ids], size: int, room: int, equal: bool = False) -> list[list[int]]:
+    """Indices of at most `size` prompts of like length; of the same length if `equal`.
+
+    Some models have no position beyond their context, so that padding must not push an answer there: prompts longer
+    than `room` stand alone.
+    """
     groups: list[list[int]] = []
     for index in sorted(range(len(prompts)), key=lambda index: len(prompts[index])):
         last = groups[-1] if groups else []
-        if last and len(last) < size and not (equal and len(prompts[last[0]]) != len(prompts[index])):
+        apart = len(prompts[index]) > room or (equal and bool(last) and len(prompts[last[0]]) != len(prompts[index]))
+        if last and len(last) < size and not apart:
             last.append(index)
         else:
             groups.append([index])

@@ -1,8 +1,8 @@
 """What mlx-lm loads, on Apple silicon or on a Linux CPU: one frozen base, one LoRA adapter per role.
 
 Reading order: `local` (what all backends with a real model share), `mlx_model` (load, forward), `mlx_adapters`
-(roles), `mlx_sampling`, `mlx_scoring`, `mlx_training` (one optimizer step), `mlx_device` and
-`mlx_checks` (what only the machine knows).
+(roles), `mlx_lines` (several responses after one prompt), `mlx_head` (log-probs in tiles), `mlx_sampling`,
+`mlx_scoring`, `mlx_training` (one optimizer step), `mlx_device` and `mlx_checks` (what only the machine knows).
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from spa_lite.backends.mlx_checks import checks
 from spa_lite.backends.mlx_device import advice, device_in_use, free_memory
 from spa_lite.backends.mlx_model import Net, load
 from spa_lite.backends.mlx_sampling import Decoder, Way, best_way
-from spa_lite.backends.mlx_scoring import logprobs
+from spa_lite.backends.mlx_scoring import row_logprobs
 from spa_lite.backends.mlx_training import STATE, Training, settings_in
-from spa_lite.backends.packing import Packed
-from spa_lite.records import Ids
+from spa_lite.records import Ids, Row
 
 
 class MlxBackend(LocalBackend):
@@ -32,15 +31,15 @@ class MlxBackend(LocalBackend):
 
     name = "mlx"
     adapters: Adapters
+    net: Net
 
     def __init__(self, settings: ModelSettings) -> None:
         loaded = load(settings)
         tokenizer = ChatTokenizer(
             loaded.tokenizer, settings.model, loaded.eos_ids, template=settings.template, system=settings.system
         )
-        self.net = Net(loaded)
         adapters = Adapters(loaded.model, settings.model)
-        super().__init__(settings, tokenizer, adapters, self.net, loaded.weights_digest)
+        super().__init__(settings, tokenizer, adapters, Net(loaded), loaded.weights_digest)
         self._loaded = loaded
         self._way: Way | None = None
 
@@ -57,6 +56,7 @@ class MlxBackend(LocalBackend):
             "parameters": self._loaded.parameters,
             "adapter_parameters": sum(array.size for array in tree.values()),
             "prompts_share_a_batch": self._way or "not tried yet",
+            "prompt": "once per row" if self.net.shared else f"once per response ({self.net.alone})",
             "head": "logits of all positions (slow)" if self.net.whole else "response positions only",
             "limits": "; ".join(self._loaded.notes) or "none",
         }
@@ -85,15 +85,20 @@ class MlxBackend(LocalBackend):
             mx.reset_peak_memory()
         return found
 
-    def _groups(self, prompts: Sequence[Ids]) -> list[list[int]]:
+    def _groups(self, prompts: Sequence[Ids], sampling: Sampling) -> list[list[int]]:
         self._way = self._way or best_way(self.net)
-        return by_length(prompts, self.batching.sample, equal=self._way != "padded")
+        if self._way == "padded":
+            return [list(range(len(prompts)))]
+        return by_length(prompts, self.batching.sample, self.context - sampling.max_tokens, equal=True)
 
-    def _decoder(self, prompts: Sequence[Ids], keys: Sequence[Sequence[bytes]], sampling: Sampling) -> Decoder:
-        return Decoder(self.net, prompts, keys, sampling, self.tokenizer.stop_ids, self._way or "none")
+    def _decoder(
+        self, prompts: Sequence[Ids], keys: Sequence[Sequence[bytes]], sampling: Sampling, keep: bool
+    ) -> Decoder:
+        slots = self.batching.sample * len(keys[0])
+        return Decoder(self.net, prompts, keys, sampling, self.tokenizer.stop_ids, self._way or "none", slots, keep)
 
-    def _token_logprobs(self, packed: Packed) -> Floats:
-        return logprobs(self.net, packed)
+    def _token_logprobs(self, rows: Sequence[Row]) -> Floats:
+        return row_logprobs(self.net, rows)
 
     def _new_training(self, optimizer: Optimizer, adapter: str) -> Training:
         return Training(self.net, self.adapters, optimizer, adapter, lambda: self._adapter(PREVIOUS))

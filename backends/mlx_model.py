@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from mlx_lm.utils import _get_classes, get_total_parameters, load_model
 from transformers import AutoConfig, AutoTokenizer
 
 from spa_lite.backend import ModelSettings
-from spa_lite.backends.mlx_device import DTYPES, free_memory, pick_device, same_random_state
+from spa_lite.backends.mlx_device import DTYPES, device_in_use, free_memory, pick_device, same_random_state
+from spa_lite.backends.mlx_lines import AXES, longest_line, placed, views
 from spa_lite.backends.model_folder import (
     Known,
     check_name,
@@ -31,8 +32,10 @@ from spa_lite.backends.model_folder import (
     offline,
     weights_in,
 )
+from spa_lite.backends.packing import lines, pack, width
 from spa_lite.backends.quiet import quiet
 from spa_lite.errors import BackendError, ModelError
+from spa_lite.records import Row
 
 GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 COMPARED = {
@@ -45,6 +48,10 @@ COMPARED = {
     "gpt_neox": GELU_TANH,
 }
 """Architectures whose log-probs our tests compare with PyTorch's, and the activation that mlx-lm gives each of them."""
+UNLIKE = (TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError, NotImplementedError)
+"""What a model raises that is not built as expected."""
+SCORE = {"cpu": 6.0, "gpu": 1.5}
+"""What an attention score costs, over what its matrix products do. MLX's exponential on a CPU takes 20 ns a number."""
 
 
 @dataclass(frozen=True)
@@ -350,6 +357,8 @@ class Net:
     `hidden` gives what the head reads, [batch, time, width]; `head` turns any rows of it into float32 logits.
     A model whose logits are not its head of its body's output (checked once on a few tokens) is run whole:
     then "hidden" is already the logits and `head` changes nothing. `whole` says so.
+
+    `shared` is the longest line on which a prompt may stand once for all its responses; `alone` says why it is 0.
     """
 
     def __init__(self, loaded: Loaded) -> None:
@@ -362,10 +371,33 @@ class Net:
         self.vocab = int(expected.shape[-1])
         self.whole = False
         self.whole = not self._halves_agree(probe, expected)
+        self._axes = 0
+        self.shared, self.alone = self._sharing()
+        self.width = int(text.get("hidden_size") or expected.shape[-1])
+        self._breadth = get_total_parameters(self.model.layers[0]) / (2 * self.width * SCORE[device_in_use()])
+
+    @property
+    def linear(self) -> bool:
+        """Whether logits are linear in what the head reads, up to a constant."""
+        return not self.whole and self._cap is None
 
     def hidden(self, ids: mx.array, cache: Any = None) -> mx.array:
         """What the head reads, [batch, time, width], for ids [batch, time]. There is no mask: pad on the right."""
         return self.model(ids, cache=cache) if self.whole else self.model.model(ids, cache=cache)
+
+    def states(self, lines: Sequence[mx.array], branching: bool) -> mx.array:
+        """What the head reads at the places [N, width], for ids, positions, segments and places as in `Packed`."""
+        ids, positions, segments, places = lines
+        hidden = self.hidden(ids, views(self.model, self._axes, positions, segments) if branching else None)
+        return hidden.reshape(-1, hidden.shape[-1])[places]
+
+    def lines_for(self, rows: Sequence[Row]) -> int:
+        """`shared` if these rows are less work with each prompt once, else 0: attention grows with a line's square."""
+        return min((self.shared, 0), key=lambda shared: sum(self._work(row, shared) for row in rows))
+
+    def _work(self, row: Row, shared: int) -> float:
+        wide = width(row, shared)
+        return lines(row, shared) * wide * (wide + self._breadth)
 
     def head(self, hidden: mx.array) -> mx.array:
         """Float32 logits [..., vocabulary] of rows of `hidden`."""
@@ -389,3 +421,34 @@ class Net:
             return False
         # Loose on purpose: a head that leaves something out is off by far more than rounding.
         return bool(mx.abs(mine - expected).max() <= 1e-2 * mx.abs(expected).max())
+
+    def _sharing(self) -> tuple[int, str]:
+        """The longest line that may branch, or 0 and the reason: tried on three lines of which no two are alike."""
+        rows = [
+            Row(prompt=(1, 5, 2), responses=((7, 3, 4), (2, 6))),
+            Row(prompt=(3, 2), responses=((5, 1, 4, 6, 2), (7, 3))),
+            Row(prompt=(2,), responses=((6, 1), (3, 7, 5))),
+        ]
+        try:
+            apart = self._packed_states(rows, 0)
+            mx.eval(apart)
+            with placed(self.model):
+                for self._axes in AXES:
+                    if self._near(lambda: self._packed_states(rows, 16), apart):
+                        return longest_line(self.model, self.context), ""
+                raise BackendError("mlx-lm's version of it follows no mask or no positions")
+        except (BackendError, *UNLIKE) as error:
+            return 0, " ".join(str(error).split())[:80]
+
+    def _packed_states(self, rows: Sequence[Row], shared: int) -> mx.array:
+        packed = pack(rows, shared)
+        arrays = packed.ids, packed.positions, packed.segments, packed.places
+        return self.states([mx.array(array) for array in arrays], packed.branching)
+
+    def _near(self, compute: Callable[[], mx.array], expected: mx.array) -> bool:
+        try:
+            found = compute()
+        except UNLIKE:
+            return False
+        loose = 1e-3 if self.dtype == mx.float32 else 0.05
+        return bool(mx.abs(found - expected).max() <= loose * mx.abs(expected).max())

@@ -6,29 +6,30 @@ stream. mlx-lm's generator draws otherwise and drops the stop token, so only its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
+from numpy.typing import NDArray
 
-from spa_lite import keys as streams
 from spa_lite.backend import Sampling
-from spa_lite.backends.decoding import CDF_BLOCK, Decoding
-from spa_lite.backends.mlx_model import Net
-from spa_lite.backends.mlx_scoring import token_logprobs
+from spa_lite.backends.decoding import CDF_BLOCK, Decoding, Uniforms, Written
+from spa_lite.backends.mlx_head import pick, weigh
+from spa_lite.backends.mlx_model import UNLIKE, Net
 from spa_lite.records import Ids
 
 PREFILL = 2048
 """Prompt tokens read at a time: a GPU that also drives a screen stops kernels that take seconds."""
 
 Way = Literal["padded", "equal", "none"]
-"""How prompts share a batch: padded on the left; of equal length only; or without a cache, all tokens every step."""
+"""How prompts share a batch: padded on the left; of equal length only; or without a cache, all tokens every step.
+Only the first lets prompts in while others are being answered."""
 
 
 class Decoder(Decoding):
-    """One batch of prompts and their answers while they are being written."""
+    """Prompts and their answers while they are being written, one row of every array for each answer."""
 
     def __init__(
         self,
@@ -38,78 +39,74 @@ class Decoder(Decoding):
         sampling: Sampling,
         stop_ids: frozenset[int],
         way: Way = "padded",
+        slots: int | None = None,
+        keep: bool = False,
     ) -> None:
-        super().__init__(prompts, keys, sampling, stop_ids, net.context)
-        self.net = net
-        self.stops = mx.array(sorted(stop_ids) or [-1])
-        ids = mx.array([(0,) * (self.width - len(prompt)) + tuple(prompt) for prompt in prompts])
-        copies = mx.repeat(mx.arange(len(prompts)), self.n)
-        self.cache = _new_cache(net, prompts, way)
-        self.logits = net.head(self._read(ids)[:, -1])[copies]
-        _pick(self.cache, copies)
-        self.context_ids = ids[copies]
-        self.limit = mx.array(self.limits)
-        self.done = mx.zeros(len(self.rows), dtype=mx.bool_)
-        self.tokens = mx.zeros((len(self.rows), 0), dtype=mx.int32)
-        self.logps = mx.zeros((len(self.rows), 0))
-        self.uniforms = mx.zeros((len(self.rows), streams.BLOCK))
+        super().__init__(prompts, keys, sampling, stop_ids, net.context, slots if way == "padded" else None, keep)
+        self.net, self.way = net, way
+        self.cache: list[Any] = []
+        self.states = mx.zeros((0, 0))  # [rows, width] what the head reads for the next token
+        self.ids = mx.zeros((0, 0))  # [rows, time] for the way without a cache
 
-    def _read(self, ids: mx.array) -> mx.array:
-        """Hidden states [prompts, some, width] of the last piece of the prompts; the cache holds the rest."""
-        if self.cache is None:
-            return self.net.hidden(ids)
-        size = max(1, PREFILL // ids.shape[0])
+    def admit(self, prompts: Sequence[int]) -> None:
+        """Read prompts together, once, then make n rows of each."""
+        some = [self.prompts[index] for index in prompts]
+        width = max(map(len, some))
+        ids = mx.array([(0,) * (width - len(prompt)) + tuple(prompt) for prompt in some])
+        cache = _new_cache(self.net, some, self.way)
+        states = self._read(ids, cache)
+        copies = mx.repeat(mx.arange(len(some)), self.n)
+        _pick(cache, copies)
+        if not len(self.states):
+            self.states, self.cache, self.ids = states[copies], cache, ids[copies]
+            return
+        self.states = mx.concatenate([self.states, states[copies]])
+        for layer, more in zip(self.cache, cache, strict=True):
+            layer.extend(more)
+
+    def _read(self, ids: mx.array, cache: list[Any]) -> mx.array:
+        """What the head reads after the prompts, [prompts, width]; the cache is filled piece by piece."""
+        size = max(1, PREFILL // ids.shape[0]) if cache else ids.shape[1]
         for start in range(0, ids.shape[1], size):
-            hidden = self.net.hidden(ids[:, start : start + size], self.cache)
+            hidden = self.net.hidden(ids[:, start : start + size], cache or None)
             mx.eval(hidden)
-        return hidden
+        return hidden[:, -1]
 
-    def advance(self, start: int, steps: int) -> list[bool]:
-        """Write `steps` tokens of every answer; say which answers have ended."""
-        tokens, logps = [], []
-        for step in range(start, start + steps):
-            if step % streams.BLOCK == 0 and self.sampling.temperature > 0:
-                block = [streams.uniforms(self.keys[place], step // streams.BLOCK) for place in self.rows]
-                self.uniforms = mx.array(np.stack(block))
-            token = draw(self.logits, self.sampling, self.uniforms[:, step % streams.BLOCK])
+    def advance(self, uniforms: Uniforms, final: bool) -> Written:
+        """Write a token per column of `uniforms` to every row. The host waits for the last one only."""
+        tokens, logprobs, states = [], [], []
+        columns = mx.array(uniforms)
+        for step in range(uniforms.shape[1]):
+            states.append(self.states)
+            token, logprob = draw_scored(self.net.head(self.states), self.sampling, columns[:, step])
             tokens.append(token)
-            logps.append(token_logprobs(self.logits, token))
-            ended = (token[:, None] == self.stops).any(axis=-1) | (self.limit <= step + 1)
-            self.done = self.done | ended
-            if step + 1 < self.length:
+            logprobs.append(logprob)
+            if not (final and step == uniforms.shape[1] - 1):
                 self._feed(token)
-            # The device works on this step while the host prepares the next; nothing is waited for.
-            mx.async_eval(tokens[-1], logps[-1], self.done)
-        self.tokens = mx.concatenate([self.tokens, mx.stack(tokens, axis=1).astype(mx.int32)], axis=1)
-        self.logps = mx.concatenate([self.logps, mx.stack(logps, axis=1)], axis=1)
-        return list(self.done.tolist())
+            # The device works on this step while the host prepares the next.
+            mx.async_eval(token, logprob, self.states)
+        kept = to_host(mx.stack(states, axis=1)) if self.keep else None
+        return Written(np.array(mx.stack(tokens, axis=1)), np.array(mx.stack(logprobs, axis=1)), kept)
 
     def _feed(self, token: mx.array) -> None:
-        """Logits after one more token."""
-        if self.cache is None:
-            self.context_ids = mx.concatenate([self.context_ids, token[:, None].astype(self.context_ids.dtype)], axis=1)
-            hidden = self.net.hidden(self.context_ids)
-        else:
-            hidden = self.net.hidden(token[:, None], self.cache)
-        self.logits = self.net.head(hidden[:, -1])
-
-    def fetch(self, over: Sequence[int]) -> tuple[list[list[int]], list[list[float]]]:
-        """Token ids and log-probs of these answers."""
-        index = mx.array(over)
-        return self.tokens[index].tolist(), self.logps[index].tolist()
+        """States after one more token."""
+        if self.way == "none":
+            self.ids = mx.concatenate([self.ids, token[:, None].astype(self.ids.dtype)], axis=1)
+        ids = self.ids if self.way == "none" else token[:, None]
+        self.states = self.net.hidden(ids, self.cache or None)[:, -1]
 
     def select(self, live: Sequence[int]) -> None:
-        """Go on with these answers only."""
+        """Go on with these rows only."""
         index = mx.array(live, dtype=mx.int32)
-        for name in ("logits", "context_ids", "limit", "done", "tokens", "logps", "uniforms"):
-            setattr(self, name, getattr(self, name)[index])
-        _pick(self.cache, index)
+        self.states, self.ids = self.states[index], self.ids[index] if self.way == "none" else self.ids
+        if live:
+            _pick(self.cache, index)
 
 
-def _new_cache(net: Net, prompts: Sequence[Ids], way: Way) -> list[Any] | None:
-    """An empty cache per layer for all prompts."""
+def _new_cache(net: Net, prompts: Sequence[Ids], way: Way) -> list[Any]:
+    """An empty cache per layer for all prompts; none at all for the way without."""
     if way == "none":
-        return None
+        return []
     if way == "equal":
         return list(make_prompt_cache(net.model))
     width = max(len(prompt) for prompt in prompts)
@@ -120,12 +117,28 @@ def _new_cache(net: Net, prompts: Sequence[Ids], way: Way) -> list[Any] | None:
     return layers
 
 
-def _pick(cache: list[Any] | None, index: mx.array) -> None:
+def _pick(cache: list[Any], index: mx.array) -> None:
     """Keep these sequences, each as often as it is named."""
-    for layer in cache or ():
-        layer.state = type(layer.state)(
-            value[index] if isinstance(value, mx.array) and value.ndim else value for value in layer.state
-        )
+    for layer in cache:
+        if hasattr(layer, "filter"):
+            layer.filter(index)  # drops the padding that no row needs any more, too
+        else:
+            layer.state = type(layer.state)(
+                value[index] if isinstance(value, mx.array) and value.ndim else value for value in layer.state
+            )
+
+
+def to_host(states: mx.array) -> NDArray[Any]:
+    """Numbers in their own precision; bfloat16, which NumPy lacks, as uint16."""
+    return np.array(states.view(mx.uint16) if states.dtype == mx.bfloat16 else states)
+
+
+def draw_scored(logits: mx.array, sampling: Sampling, uniform: mx.array) -> tuple[mx.array, mx.array]:
+    """What `draw` draws, and its log-probs at temperature 1 (nats). Exponentials are made once where once will do."""
+    shifted, weights, total = weigh(logits)
+    plain = sampling.temperature == 1 and sampling.top_p == 1
+    token = inverse_cdf(weights, uniform) if plain else draw(logits, sampling, uniform)
+    return token, pick(shifted, token) - mx.log(total)
 
 
 def draw(logits: mx.array, sampling: Sampling, uniform: mx.array) -> mx.array:
@@ -162,28 +175,47 @@ def inverse_cdf(weights: mx.array, uniform: mx.array) -> mx.array:
 
 
 def best_way(net: Net) -> Way:
-    """The fastest way whose logits, one step after two prompts, are those of a forward without a cache."""
+    """The fastest way whose logits, after prompts that came in one after the other, are those without a cache."""
     prompts = [(1, 2, 3), (3, 2)]
-    sampling = Sampling(temperature=0.0, max_tokens=2)
-    expected = [_after(net, [prompt], sampling, "none") for prompt in prompts]
-    if _near(net, lambda: _after(net, prompts, sampling, "padded"), mx.concatenate(expected)):
+    expected = [
+        net.head(net.hidden(mx.array([[*prompt, *fed]]))[:, -1])
+        for prompt, fed in zip(prompts, ((1, 1), (1,)), strict=True)
+    ]
+    if _near(net, lambda: _in_turn(net, prompts), mx.concatenate(expected)):
         return "padded"
-    twice = mx.concatenate(expected[:1] * 2)
-    return "equal" if _near(net, lambda: _after(net, prompts[:1] * 2, sampling, "equal"), twice) else "none"
+    return "equal" if _near(net, lambda: _together(net, prompts[0]), mx.concatenate(expected[:1] * 2)) else "none"
 
 
-def _after(net: Net, prompts: Sequence[Ids], sampling: Sampling, way: Way) -> mx.array:
-    """Logits after the prompts and one more token."""
-    decoder = Decoder(net, prompts, [[b"\0" * 16]] * len(prompts), sampling, frozenset(), way)
-    decoder._feed(mx.array([1] * len(prompts)))
-    return decoder.logits
+def _decoder(net: Net, prompts: Sequence[Ids], way: Way) -> Decoder:
+    return Decoder(net, prompts, [[b"\0" * 16]] * len(prompts), Sampling(max_tokens=3), frozenset(), way)
 
 
-def _near(net: Net, compute: Any, expected: mx.array) -> bool:
+def _in_turn(net: Net, prompts: Sequence[Ids]) -> mx.array:
+    """Logits after token 1 twice for the first prompt, and once for the second, which comes in later."""
+    decoder = _decoder(net, [prompts[0], *prompts], "padded")
+    decoder.admit([0, 1])
+    decoder._feed(mx.array([2, 1]))
+    decoder.admit([2])
+    decoder.select([1, 2])
+    decoder._feed(mx.array([1, 1]))
+    return net.head(decoder.states)
+
+
+def _together(net: Net, prompt: Ids) -> mx.array:
+    """Logits after token 1 twice for a prompt that is there twice."""
+    decoder = _decoder(net, [prompt] * 3, "equal")
+    decoder.admit([0, 1, 2])
+    decoder.select([1, 2])
+    for _ in range(2):
+        decoder._feed(mx.array([1, 1]))
+    return net.head(decoder.states)
+
+
+def _near(net: Net, compute: Callable[[], mx.array], expected: mx.array) -> bool:
     try:
         found = compute()
         mx.eval(found)
-    except (TypeError, ValueError, AttributeError, RuntimeError, KeyError, NotImplementedError):
+    except UNLIKE:
         return False
     loose = 1e-3 if net.dtype == mx.float32 else 0.15
     return bool(mx.allclose(found, expected, rtol=loose, atol=loose))

@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 from safetensors.numpy import save as to_bytes
 
-from spa_lite.backend import Batch, Batching, Floats, Objective, Optimizer, Outcome, StepStats
-from spa_lite.backends.mlx_adapters import Adapters, Held, Tree, peft_key
+from spa_lite.backend import Activations, Batch, Batching, Known, Objective, Optimizer, Outcome, StepStats
+from spa_lite.backends.mlx_adapters import HEAD, Adapters, Held, Tree, peft_key
+from spa_lite.backends.mlx_head import Head, Reference, beside, read, token_logprobs
 from spa_lite.backends.mlx_model import Net
-from spa_lite.backends.mlx_scoring import extrapolated_logprobs, response_states, tiled, to_numpy, token_logprobs
+from spa_lite.backends.mlx_scoring import to_numpy
 from spa_lite.backends.packing import Packed, micro_batches, pack, step_stats
 from spa_lite.errors import ModelError
 from spa_lite.records import Row
@@ -40,7 +42,18 @@ BASE = Held({}, {}, {})
 
 Floats32 = NDArray[np.float32]
 Arrays = list[mx.array]
-Program = Callable[..., tuple[mx.array, mx.array, mx.array, Arrays]]
+Program = Callable[..., tuple[Arrays, mx.array, Arrays]]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a program is compiled for, beside its shapes."""
+
+    reference: bool  # log-probs of PREVIOUS
+    strength: float  # lambda of Eq. 11; 0: nothing extrapolated
+    given: bool  # the states of PREVIOUS come from the caller
+    branching: bool  # several responses on a line
+    checkpointed: int
 
 
 class Training:
@@ -60,7 +73,7 @@ class Training:
             0.0, [optimizer.beta1, optimizer.beta2], optimizer.eps, optimizer.weight_decay, bias_correction=True
         )
         self.adamw.init(self._held.tree)
-        self.checkpointing = False
+        self.checkpointed = 0
         self.programs: dict[str, Program] = {}
         self.traces = 0
 
@@ -74,23 +87,25 @@ class Training:
         objective: Objective,
         learning_rate: float,
         batching: Batching,
-        reference: Floats | None = None,
+        known: Known | None = None,
     ) -> StepStats:
         """Accumulate the gradient of the mean loss over rows, then move, unless something is not finite."""
-        self.checkpointing = batching.gradient_checkpointing
+        self.checkpointed = batching.checkpointed
         total: Tree = {key: mx.zeros_like(array) for key, array in self._held.tree.items()}
-        parts = []
+        shared, parts = self.net.lines_for(rows), []
         try:
-            for some, known in micro_batches(rows, reference, batching.micro):
-                batch, outcome, gradient = self._accumulate(some, known, objective, len(rows))
-                parts.append((batch, outcome))
+            for indices, some, theirs in micro_batches(
+                rows, known, batching.micro_tokens, shared, objective.sequential
+            ):
+                batch, outcome, gradient = self._accumulate(pack(some, shared), theirs, objective, len(rows))
+                parts.append((indices, batch, outcome))
                 total = {key: total[key] + gradient[key] for key in total} if gradient else total
                 mx.eval(total)
         finally:
             # Leaves no array of a finished program in the layers.
             self.adapters.place({}, {})
         norm = float(mx.sqrt(sum(mx.square(array).sum() for array in total.values())).item())
-        finite = bool(np.isfinite(norm)) and all(np.isfinite(outcome.loss).all() for _, outcome in parts)
+        finite = bool(np.isfinite(norm)) and all(np.isfinite(outcome.loss).all() for _, _, outcome in parts)
         if finite:
             self._move(total, norm, learning_rate)
         return step_stats(parts, norm, not finite)
@@ -110,26 +125,27 @@ class Training:
             raise
 
     def _accumulate(
-        self, rows: Sequence[Row], known: Floats | None, objective: Objective, total: int
+        self, packed: Packed, known: Known | None, objective: Objective, total: int
     ) -> tuple[Batch, Outcome, Tree]:
         """What the objective made of one micro-batch, and the gradient of its share of the mean loss."""
-        packed = pack(rows)
-        strength, held = objective.extrapolation, self._held
-        name = self.previous()
-        previous = BASE if name is None else self.adapters.held[name]
-        program = self._program(held, previous, strength, objective.reference and (known is None or strength > 0))
-        inputs = [list(held.tree.values()), list(previous.tree.values()), *map(mx.array, padded(packed))]
-        late = mx.full(inputs[-1].shape, mx.nan)
-        mx.eval(late)
-        logp, reference, mixed, gradient = program(*inputs, late)
-        mx.eval(logp, reference, mixed)
+        wanted = Wanted(
+            reference=objective.reference and known is None,
+            strength=objective.extrapolation,
+            given=known is not None and known.states is not None and objective.extrapolation > 0,
+            branching=packed.branching,
+            checkpointed=self.checkpointed,
+        )
+        program, inputs, late = self._ready(packed, known, wanted)
+        found, slopes, gradient = program(*inputs, late)
+        # With the slopes, or the logits that these are made of would wait for them.
+        mx.eval(found, slopes)
         count = len(packed.targets)
-
-        def sums(values: mx.array) -> Floats:
-            return packed.sums(to_numpy(values)[:count]) if len(values) else np.zeros(0)
-
-        expected = known if known is not None and objective.reference and strength == 0 else sums(reference)
-        batch = Batch(sums(logp), expected, sums(mixed), packed.lengths, packed.row)
+        logp, *beside = (packed.sums(to_numpy(values)[:count]) for values in found)
+        none = np.zeros(0)
+        expected = (
+            known.sums if known is not None and objective.reference else beside.pop(0) if wanted.reference else none
+        )
+        batch = Batch(logp, expected, beside[0] if beside else none, packed.lengths, packed.row)
         outcome = objective(batch)
         if not (np.isfinite(outcome.loss).all() and count):
             return batch, outcome, {}
@@ -140,54 +156,109 @@ class Training:
         if np.isfinite(weights).all() and not all(mx.isfinite(array).all().item() for array in gradient):
             # Either the gradient is truly not finite, or this device had read the placeholders already.
             gradient = program(*inputs, mx.array(weights))[-1]
-        return batch, outcome, dict(zip(held.tree, gradient, strict=True))
+        return batch, outcome, dict(zip(self._held.tree, gradient, strict=True))
 
-    def _program(self, policy: Held, previous: Held, strength: float, reference: bool) -> Program:
-        """The compiled program for adapters of these shapes: one for a whole training, in practice."""
+    def _ready(self, packed: Packed, known: Known | None, wanted: Wanted) -> tuple[Program, list[Any], mx.array]:
+        """The program for these lines and its inputs, of which the last is still to be written."""
+        held, name = self._held, self.previous()
+        previous = BASE if name is None else self.adapters.held[name]
+        arrays = padded(packed)
+        states = stacked(known, len(arrays[-1]), self.net.dtype) if known is not None and wanted.given else mx.zeros(0)
+        late = mx.full(arrays[-1].shape, mx.nan)
+        mx.eval(late)
+        *lines, targets = map(mx.array, arrays)
+        inputs = [list(held.tree.values()), list(previous.tree.values()), lines, targets, states]
+        return self._program(held, previous, wanted), inputs, late
+
+    def activations(self, row: Row) -> Activations:
+        """From the peaks of a step with reference and extrapolation, without checkpointing and with all of it.
+
+        What a checkpointed layer keeps, its input, is counted. `work` cannot be told from `rest`, which holds it.
+        """
+        packed = pack([row], self.net.lines_for([row]))
+        tokens, layers = padded(packed)[0].size, len(self.net.model.layers)
+        most, least = (self._peak(packed, some) for some in (0, layers))
+        again = tokens * self.net.width * self.net.dtype.size
+        layer = max(again, (most - least + layers * again) // max(1, layers - 1))
+        return Activations(tokens, layers, layer, again, work=0, rest=max(0, most - layers * layer))
+
+    def _peak(self, packed: Packed, checkpointed: int) -> int:
+        """Bytes that the gradient of these lines takes at its worst moment."""
+        program, inputs, late = self._ready(packed, None, Wanted(True, 1.0, False, packed.branching, checkpointed))
+        mx.eval(inputs)
+        mx.clear_cache()
+        held = mx.get_active_memory()
+        mx.reset_peak_memory()
+        try:
+            found, slopes, gradient = program(*inputs, late)
+            mx.eval(found, slopes)
+            mx.eval(gradient)
+        finally:
+            self.adapters.place({}, {})
+        return int(mx.get_peak_memory() - held)
+
+    def _program(self, policy: Held, previous: Held, wanted: Wanted) -> Program:
+        """The compiled program for adapters of these shapes: one or two for a whole training, in practice."""
         shapes = [[held.scales, [array.shape for array in held.tree.values()]] for held in (policy, previous)]
-        key = json.dumps([shapes, strength, reference, self.checkpointing])
+        key = json.dumps([shapes, dataclasses.astuple(wanted)])
         if key not in self.programs:
-            self.programs[key] = mx.compile(self._traced(policy, previous, strength, reference))
+            self.programs[key] = mx.compile(self._traced(policy, previous, wanted))
         return self.programs[key]
 
-    def _traced(self, policy: Held, previous: Held, strength: float, reference: bool) -> Program:
-        """(policy, previous, ids, places, targets, weights) -> log-probs [N] of policy, previous and mix, gradient."""
+    def _traced(self, policy: Held, previous: Held, wanted: Wanted) -> Program:
+        """(policy, previous, lines, targets, states of previous, weights) -> log-probs, slopes, gradient.
+
+        Log-probs [N] of the policy, then those of the reference and of the mix that are `wanted`.
+        """
         net, adapters = self.net, self.adapters
-        adapted_head, checkpointing = "lm_head" in policy.scales, self.checkpointing
+        adapted = HEAD in policy.scales
+        mixable = net.linear and not adapted and HEAD not in previous.scales
 
-        def program(trained: Arrays, frozen: Arrays, ids: Any, places: Any, targets: Any, weights: Any) -> Any:
+        def enter(held: Held, arrays: Sequence[mx.array]) -> None:
+            adapters.place(held.scales, dict(zip(held.tree, arrays, strict=True)))
+
+        def program(trained: Arrays, frozen: Arrays, lines: Arrays, targets: Any, theirs: Any, weights: Any) -> Any:
             self.traces += 1
-            none = mx.zeros(0)
 
-            def enter(held: Held, arrays: Arrays) -> None:
-                adapters.place(held.scales, dict(zip(held.tree, arrays, strict=True)))
+            def states() -> mx.array:
+                return net.states(lines, wanted.branching)
 
-            def plain(states: mx.array, some: mx.array) -> mx.array:
-                return token_logprobs(net.head(states), some)
+            def head_of(held: Held, arrays: Sequence[mx.array]) -> Head:
+                def head(some: mx.array) -> mx.array:
+                    if HEAD in {**policy.scales, **previous.scales}:
+                        enter(held, arrays)
+                    return net.head(some)
 
-            enter(previous, frozen)
-            theirs = response_states(net, ids, places) if reference or strength > 0 else none
-            expected = tiled(net, plain, theirs, targets) if reference else none
+                return head
+
+            reference = None
+            if wanted.reference or wanted.strength > 0:
+                reference = Reference(head_of(previous, frozen), wanted.reference, wanted.strength, mixable)
+                if not wanted.given:
+                    enter(previous, frozen)
+                    theirs = states()
+            else:
+                theirs = None
 
             def forward(*arrays: mx.array) -> list[mx.array]:
-                enter(policy, list(arrays))
-                with checkpointed(net.model, checkpointing):
-                    own = response_states(net, ids, places)
-                logp = tiled(net, plain, own, targets, again=not adapted_head)
-                if strength == 0:
-                    return [logp]
+                enter(policy, arrays)
+                with checkpointed(net.model, wanted.checkpointed):
+                    own = states()
+                head = head_of(policy, arrays)
+                if adapted:
+                    # The head is itself trained: its gradient needs all logits.
+                    logits = head(own)
+                    logp, slopes = token_logprobs(logits, targets), mx.zeros(0)
+                    fixed, still = mx.stop_gradient(logits), mx.stop_gradient(own)
+                    found = [slopes, logp, *beside(fixed, still, targets, theirs, reference)]
+                    return [(weights * logp).sum(), *map(mx.stop_gradient, found)]
+                found = read(net, head, mx.stop_gradient(own), targets, theirs, reference)
+                logp, slopes, *others = map(mx.stop_gradient, found)
+                return [(own.astype(mx.float32) * slopes * weights[:, None]).sum(), slopes, logp, *others]
 
-                def mix(ours: mx.array, others: mx.array, some: mx.array) -> mx.array:
-                    enter(previous, frozen)
-                    logits = net.head(others)
-                    enter(policy, list(arrays))
-                    return extrapolated_logprobs(net.head(ours), logits, some, strength)
-
-                return [logp, mx.stop_gradient(tiled(net, mix, own, theirs, targets))]
-
-            seeds = [weights, mx.zeros_like(weights)][: 1 + (strength > 0)]
-            outputs, gradient = mx.vjp(forward, trained, seeds)
-            return outputs[0], expected, outputs[1] if strength > 0 else none, gradient
+            count = 3 + wanted.reference + (wanted.strength > 0)
+            outputs, gradient = mx.vjp(forward, trained, [mx.ones(()), *[mx.zeros(())] * (count - 1)])
+            return outputs[2:], outputs[1], gradient
 
         return program
 
@@ -227,15 +298,24 @@ def settings_in(folder: Path) -> Optimizer:
 
 
 def padded(packed: Packed) -> list[NDArray[np.int32]]:
-    """ids [R, time], places [N] and targets [N] with time and N rounded up; what is added has no weight."""
-    responses, width = packed.ids.shape
+    """ids, positions, segments [lines, time], places, targets [N]; time and N rounded up with what weighs nothing."""
+    lines, width = packed.ids.shape
     wide, many = rounded(width), rounded(len(packed.targets))
-    ids = np.zeros((responses, wide), dtype=np.int32)
-    ids[:, :width] = packed.ids
+    ids, positions, segments = (np.full((lines, wide), fill, dtype=np.int32) for fill in (0, 0, -1))
+    ids[:, :width], positions[:, :width], segments[:, :width] = packed.ids, packed.positions, packed.segments
     places, targets = np.zeros(many, dtype=np.int32), np.zeros(many, dtype=np.int32)
     places[: len(packed.places)] = packed.places // width * wide + packed.places % width
     targets[: len(packed.targets)] = packed.targets
-    return [ids, places, targets]
+    return [ids, positions, segments, places, targets]
+
+
+def stacked(known: Known, size: int, dtype: Any) -> mx.array:
+    """The known states of all responses as one array [size, width]; bfloat16 comes as uint16."""
+    states = np.concatenate(known.states or ())
+    whole = np.zeros((size, states.shape[1]), dtype=states.dtype)
+    whole[: len(states)] = states
+    array = mx.array(whole)
+    return array.view(mx.bfloat16) if array.dtype == mx.uint16 else array.astype(dtype)
 
 
 def rounded(size: int) -> int:
@@ -250,30 +330,32 @@ def write(target: mx.array, values: Floats32) -> None:
 
 
 @contextmanager
-def checkpointed(model: Any, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing of the model's blocks inside the block.
+def checkpointed(model: Any, layers: int) -> Iterator[None]:
+    """Gradient checkpointing of the first layers inside the block.
 
-    mlx-lm's way changes the class of the blocks, for good and once more at every call; so it is done once per class
-    and switched off where it is not wanted.
+    mlx-lm's way changes the class of a layer, for good and once more at every call; so it is done once per class, and
+    asks which layers are meant.
     """
-    for block in {type(layer): layer for layer in model.layers}.values() if wanted else ():
-        if type(block) not in _CHECKPOINTED:
-            _CHECKPOINTED.add(type(block))
-            _add_switch(block)
-    _SWITCH.append(wanted)
+    chosen = model.layers[:layers]
+    for layer in {type(layer): layer for layer in chosen}.values():
+        if type(layer) not in _CHANGED:
+            _CHANGED.add(type(layer))
+            _add_switch(layer)
+    before = set(_AGAIN)
+    _AGAIN.update(map(id, chosen))
     try:
         yield
     finally:
-        _SWITCH.pop()
+        _AGAIN.intersection_update(before)
 
 
-def _add_switch(block: Any) -> None:
-    kind = type(block)
+def _add_switch(layer: Any) -> None:
+    kind = type(layer)
     plain = kind.__call__
-    grad_checkpoint(block)
+    grad_checkpoint(layer)
     again = kind.__call__
-    kind.__call__ = lambda self, *args, **more: (again if _SWITCH[-1] else plain)(self, *args, **more)
+    kind.__call__ = lambda self, *args, **more: (again if id(self) in _AGAIN else plain)(self, *args, **more)
 
 
-_SWITCH = [False]
-_CHECKPOINTED: set[type] = set()
+_AGAIN: set[int] = set()
+_CHANGED: set[type] = set()

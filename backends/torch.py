@@ -1,12 +1,13 @@
 """Any Hugging Face causal LM on CPU, CUDA or MPS: one frozen base, one LoRA adapter per role.
 
-Reading order: `local` (what all backends with a real model share), `torch_model` (load, forward), `torch_adapters`
-(roles), `torch_sampling`, `torch_scoring`, `torch_training` (one optimizer step).
+Reading order: `local` (what all backends with a real model share), `torch_model` (load, forward), `torch_attention`,
+`torch_adapters` (roles), `torch_lora`, `torch_sampling`, `torch_decode`, `torch_scoring`, `torch_training` (one
+optimizer step).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,19 @@ import torch
 
 from spa_lite.backend import POLICY, Floats, ModelSettings, Optimizer, Sampling
 from spa_lite.backends.chat import ChatTokenizer
+from spa_lite.backends.decoding import Decoding
 from spa_lite.backends.local import LocalBackend, by_length
-from spa_lite.backends.packing import Packed
 from spa_lite.backends.torch_adapters import Adapters
+from spa_lite.backends.torch_decode import Capture, Graphs, SlotDecoder, Slots, Way, best_way, slots_needed
 from spa_lite.backends.torch_model import Net, bits_of, count, free_memory, load
-from spa_lite.backends.torch_sampling import Decoder, cache_works
-from spa_lite.backends.torch_scoring import response_states, to_numpy, token_logprobs
+from spa_lite.backends.torch_sampling import Decoder
+from spa_lite.backends.torch_scoring import score
 from spa_lite.backends.torch_training import Training
-from spa_lite.records import Ids
+from spa_lite.records import Ids, Row
+
+FEW = 16
+"""On a CPU, slots for fewer prompts than this are refilled, so that matrix products do not get too small. More are not:
+a new answer among old ones costs as much attention as the longest, which is as dear there as the products."""
 
 
 class TorchBackend(LocalBackend):
@@ -29,6 +35,7 @@ class TorchBackend(LocalBackend):
 
     name = "torch"
     adapters: Adapters
+    net: Net
 
     def __init__(self, settings: ModelSettings) -> None:
         loaded = load(settings)
@@ -40,7 +47,11 @@ class TorchBackend(LocalBackend):
         super().__init__(settings, tokenizer, adapters, self.net, loaded.weights_digest)
         self._base_parameters = count(loaded.model.parameters())
         self._dtype = loaded.dtype
-        self._cached: bool | None = None
+        self._way: Way | None = None
+        self._graphs = Graphs(Capture()) if loaded.device.type == "cuda" else None
+        self._slots: Slots | None = None
+        self._entered: str | None = None
+        self._listed: tuple[str | None, list[torch.Tensor]] = (None, [])
 
     @property
     def description(self) -> dict[str, Any]:
@@ -53,8 +64,10 @@ class TorchBackend(LocalBackend):
             "architecture": type(self.net.model).__name__,
             "parameters": self._base_parameters,
             "adapter_parameters": count(self.adapters.tensors(adapter).values()) if adapter else 0,
-            "attention": getattr(self.net.model.config, "_attn_implementation", None),
-            "key_value_cache": "not tried yet" if self._cached is None else self._cached,
+            "attention": self.net.attention + ", response by response" * self.net.by_response,
+            "prompt": f"once per response ({self.net.apart})" if self.net.apart else "once per row",
+            "key_value_cache": self._way or "not tried yet",
+            "decoding": self._decoding,
             "head": "logits of all positions (slow)" if self.net.whole else "response positions only",
         }
 
@@ -87,19 +100,62 @@ class TorchBackend(LocalBackend):
         if self.net.device.type != "cpu":
             (torch.cuda if self.net.device.type == "cuda" else torch.mps).empty_cache()
 
-    def _groups(self, prompts: Sequence[Ids]) -> list[list[int]]:
-        if self._cached is None:
-            self._cached = cache_works(self.net)
-        return by_length(prompts, self.batching.sample)
+    @property
+    def _decoding(self) -> str:
+        if self._graphs is None:
+            return "step by step"
+        return f"step by step (no CUDA graph: {self._graphs.failed})" if self._graphs.failed else "CUDA graph"
 
-    def _decoder(self, prompts: Sequence[Ids], keys: Sequence[Sequence[bytes]], sampling: Sampling) -> Decoder:
-        return Decoder(self.net, prompts, keys, sampling, self.tokenizer.stop_ids, bool(self._cached))
+    def _groups(self, prompts: Sequence[Ids], sampling: Sampling) -> list[list[int]]:
+        self._way = self._way or best_way(self.net)
+        size, slots = self.batching.sample, self._way == "slots"
+        if slots and (self.net.device.type != "cpu" or size < FEW):
+            return [list(range(len(prompts)))]
+        return by_length(prompts, size, self.context if slots else self.context - sampling.max_tokens)
 
-    @torch.inference_mode()
-    def _token_logprobs(self, packed: Packed) -> Floats:
-        return to_numpy(token_logprobs(self.net, response_states(self.net, packed), self.net.tensor(packed.targets)))
+    def _decoder(
+        self, prompts: Sequence[Ids], keys: Sequence[Sequence[bytes]], sampling: Sampling, keep: bool
+    ) -> Decoding:
+        ends = self.tokenizer.stop_ids
+        if self._way != "slots":
+            return Decoder(self.net, prompts, keys, sampling, ends, keep, self._way == "padded")
+        slots = self._slots_for(prompts, len(keys[0]), sampling, keep)
+        return SlotDecoder(slots, prompts, keys, sampling, ends, self._graphs, self._whereabouts)
+
+    def _slots_for(self, prompts: Sequence[Ids], n: int, sampling: Sampling, keep: bool) -> Slots:
+        """Slots for this call; where graphs are captured for them, the same for later calls."""
+        length = slots_needed(self.net, prompts, sampling)
+        if self._graphs is None:
+            return Slots(self.net, n * min(self.batching.sample, len(prompts)), length, keep)
+        count = n * self.batching.sample
+        if self._slots is None or not self._slots.fit(count, length, keep):
+            self._forget_slots()
+            self._slots = Slots(self.net, count, length, keep)
+        return self._slots
+
+    def _forget_slots(self) -> None:
+        """Give their memory back, and that of the graphs."""
+        self._slots = None
+        if self._graphs is not None:
+            self._graphs.enter(None)
+
+    def _enter(self, role: str) -> None:
+        super()._enter(role)
+        self._entered = self._adapter(role)
+
+    def _whereabouts(self) -> Hashable:
+        """Which adapter is in use, and where it lies: a CUDA graph reads it there."""
+        name = self._entered
+        if name != self._listed[0]:
+            self._listed = name, list(self.adapters.tensors(name).values()) if name else []
+        return name, tuple(tensor.data_ptr() for tensor in self._listed[1])
+
+    def _token_logprobs(self, rows: Sequence[Row]) -> Floats:
+        self._forget_slots()
+        return score(self.net, rows)
 
     def _new_training(self, optimizer: Optimizer, adapter: str) -> Training:
+        self._forget_slots()
         training = Training(self.net, self._enter, optimizer, self.adapters.tensors(adapter))
         self.adapters.train_only(adapter)
         return training

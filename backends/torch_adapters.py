@@ -18,6 +18,7 @@ from spa_lite.backends import adapter_files
 from spa_lite.backends.adapter_files import PREFIX, Stored, first_line
 from spa_lite.backends.quiet import quiet
 from spa_lite.backends.targets import choose_layers, short_names
+from spa_lite.backends.torch_lora import make_lean
 from spa_lite.errors import ModelError
 
 
@@ -144,6 +145,8 @@ class Adapters:
     def _settle(self, trained: str | None) -> None:
         """After PEFT has changed something: find its layers again, and undo what it did to roles and gradients."""
         self._layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in self._layers:
+            make_lean(layer)
         self._active = "unknown"
         self.use(None)
         self.train_only(trained)

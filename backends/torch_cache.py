@@ -1,4 +1,4 @@
-"""A key-value cache with room to grow: transformers' own copies the whole cache at every token."""
+"""Key-value caches: one with room to grow (transformers' own copies everything at every token), one of fixed slots."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 ROOM = 64
 """Places added at a time."""
@@ -52,6 +52,78 @@ def new_cache(config: Any) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+class SlotCache(Cache):
+    """Keys and values [slots, heads, length, width] of every layer, taken once. Each slot has a length of its own.
+
+    Before a forward pass one says what it does: `read` prompts into slots, or `extend` the first slots by one token.
+    """
+
+    layers: list[Any]
+
+    def __init__(self, layers: int, slots: int, length: int) -> None:
+        super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
+        self.slots, self.length = slots, length
+        self.into: Tensor | None = None
+        self.where: Any = None
+        self.width = 0
+
+    def read(self, into: Tensor) -> None:
+        """The next forward reads prompts, padded on the right, each into the slots [prompts, copies] of its row."""
+        self.into = into
+
+    def extend(self, at: Tensor, width: int) -> None:
+        """The next forwards write one token of the first len(at) slots at these places, and see `width` places."""
+        self.into, self.width = None, width
+        self.where = torch.arange(len(at), device=at.device), slice(None), at
+
+    def move(self, source: Tensor, target: Tensor, width: int) -> None:
+        """Copy the first places of some slots to others."""
+        for layer in self.layers:
+            for buffer in layer.buffers or ():
+                buffer[target, :, :width] = buffer[source, :, :width]
+
+
+class SlotLayer(DynamicLayer):
+    """One layer of it."""
+
+    def __init__(self, cache: SlotCache) -> None:
+        super().__init__()
+        self.cache = cache
+        self.buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new states [rows, heads, time, width] to their slots; return what these rows may look at."""
+        if self.buffers is None:
+            self.buffers = self._zeros(key_states), self._zeros(value_states)
+        keys, values = self.buffers
+        if self.cache.into is not None:
+            for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+                buffer[self.cache.into, :, : states.shape[2]] = states[:, None]
+            return key_states, value_states
+        where, rows, width = self.cache.where, len(key_states), self.cache.width
+        keys[where], values[where] = key_states[:, :, 0], value_states[:, :, 0]
+        return keys[:rows, :, :width], values[:rows, :, :width]
+
+    def get_seq_length(self) -> int:
+        """For a prompt, which is read into empty slots; positions and mask of all else are given."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The same."""
+        return query_length, 0
+
+    def _zeros(self, states: Tensor) -> Tensor:
+        # Zeros: what a mask hides is multiplied by 0, and must be finite.
+        shape = self.cache.slots, states.shape[1], self.cache.length, states.shape[3]
+        return torch.zeros(shape, dtype=states.dtype, device=states.device)
+
+
+def plain_layers(config: Any) -> int:
+    """How many layers a model of this config has, if all keep all keys and values; else 0."""
+    layers = DynamicCache(config=config).layers
+    return len(layers) if all(type(layer) is DynamicLayer for layer in layers) else 0
 
 
 def _longer(states: Tensor, length: int) -> Tensor:

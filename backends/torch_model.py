@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -28,8 +29,11 @@ from spa_lite.backends.model_folder import (
     generation_of,
     offline,
 )
+from spa_lite.backends.packing import Packed, pack
 from spa_lite.backends.quiet import quiet
+from spa_lite.backends.torch_attention import by_response, with_parts
 from spa_lite.errors import BackendError, BackendMissing, ModelError
+from spa_lite.records import Row
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -167,22 +171,32 @@ class Net:
     `hidden` gives what the head reads, [batch, time, width]; `head` turns any rows of it into float32 logits.
     A model whose logits are not its head of its body's output (checked once on a few tokens) is run whole:
     then "hidden" is already the logits and `head` changes nothing. `whole` says so.
+
+    `shared` is the longest line on which several responses may follow one prompt, each with restarted positions and a
+    mask of its own; 0 where the model cannot do that (tried once, too), and `apart` says why.
     """
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self.model, self.device = model, device
         self.body = model.base_model
         self.vocab = int(model.get_output_embeddings().weight.shape[0])
-        self.context = context_of(model.config.get_text_config())
-        text = model.config.get_text_config()
-        self._multiply = float(getattr(text, "logit_scale", None) or 1.0) / float(
-            getattr(text, "logits_scaling", None) or 1.0
+        self.text = model.config.get_text_config()
+        self.context = context_of(self.text)
+        self._multiply = float(getattr(self.text, "logit_scale", None) or 1.0) / float(
+            getattr(self.text, "logits_scaling", None) or 1.0
         )
-        self._cap = getattr(text, "final_logit_softcapping", None)
+        self._cap = getattr(self.text, "final_logit_softcapping", None)
         self.whole = False
         self.whole = not self._halves_agree()
         self._entry = self.model if self.whole else self.body
         self._takes_positions = "position_ids" in inspect.signature(self._entry.forward).parameters
+        self.attention = str(getattr(model.config, "_attn_implementation", None))
+        self.by_response = False
+        self.apart = self._why_apart()
+        self.shared = 0 if self.apart else min([self.context, *_windows(self.text)])
+        if self.shared and self.attention == "sdpa" and device.type == "cpu":
+            self.by_response = by_response(model)
+            self.by_response = self.by_response and not self._why_apart()
 
     def hidden(
         self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None, cache: Any = None
@@ -198,20 +212,59 @@ class Net:
         return found
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Float32 logits [..., vocabulary] of rows of `hidden`."""
-        if self.whole:
-            return hidden.float()
+        """Float32 logits [..., vocabulary] of rows of `hidden`: `finish` of `project`."""
+        return self.finish(self.project(hidden))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """The head's product alone, in its own precision."""
         # Asked for anew each time: an adapter may have wrapped it.
-        logits: Tensor = self.model.get_output_embeddings()(hidden).float()
+        made: Tensor = hidden if self.whole else self.model.get_output_embeddings()(hidden)
+        return made
+
+    def finish(self, made: Tensor) -> Tensor:
+        """Float32 logits of what `project` made: scaled, then capped."""
+        logits = made.float()
+        if self.whole:
+            return logits
         if self._multiply != 1.0:
             logits = logits * self._multiply
+        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+
+    def unfinish(self, slope: Tensor, logits: Tensor) -> Tensor:
+        """From d / d logits to d / d what `project` made, given the logits; both tensors are used up."""
+        if self.whole:
+            return slope
         if self._cap is not None:
-            logits = torch.tanh(logits / self._cap) * self._cap
-        return logits
+            slope *= logits.div_(self._cap).square_().neg_().add_(1.0)
+        return slope if self._multiply == 1.0 else slope.mul_(self._multiply)
+
+    @property
+    def capped(self) -> bool:
+        """Whether logits are not linear in what the head reads."""
+        return self._cap is not None and not self.whole
+
+    @property
+    def head_adapted(self) -> bool:
+        """Whether some adapter is on the head, so that it is not the same for all roles."""
+        head = self.model.get_output_embeddings()
+        return not self.whole and any(isinstance(module, BaseTunerLayer) for module in head.modules())
 
     def tensor(self, values: Any, dtype: torch.dtype = torch.long) -> Tensor:
         """A tensor on the model's device."""
         return torch.as_tensor(values, dtype=dtype).to(self.device)
+
+    def mask(self, packed: Packed) -> Tensor | None:
+        """What each position of packed lines may see, [L, 1, W, W], in the form that this model's attention takes; None
+        where attention is plainly causal."""
+        if not packed.branching:
+            return None
+        seen = self.tensor(packed.mask(), torch.bool)[:, None]
+        if self.by_response:
+            return with_parts(seen, packed, self.model.dtype)
+        if self.attention == "sdpa":
+            return seen
+        added = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device)
+        return added.masked_fill_(~seen, torch.finfo(self.model.dtype).min)
 
     @torch.inference_mode()
     def _halves_agree(self) -> bool:
@@ -226,6 +279,34 @@ class Net:
             return False
         # Loose on purpose: a head that leaves something out is off by far more than rounding.
         return bool((mine - expected).abs().max() <= 1e-2 * expected.abs().max())
+
+    @torch.inference_mode()
+    def _why_apart(self) -> str:
+        """Why responses cannot share their prompt's line; empty if they can: then what the head reads is the same."""
+        if not self._takes_positions:
+            return "the model takes no positions"
+        if self.attention not in ("sdpa", "eager"):
+            return f"{self.attention} attention takes no mask of this kind"
+        row = Row(prompt=(1, 5, 2), responses=((7, 3, 1, 9), (4, 8, 6)))
+        try:
+            one, two = (self._at_responses(pack([row], shared)) for shared in (self.context, 0))
+        except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            return f"the model cannot: {type(error).__name__}"
+        loose = 1e-4 if self.model.dtype == torch.float32 else 5e-2
+        same = (one - two).abs().max() <= loose * two.abs().max()
+        return "" if same else "the model sees more than its mask"
+
+    def _at_responses(self, laid: Packed) -> Tensor:
+        ids, positions = self.tensor(laid.ids % self.vocab), self.tensor(laid.positions)
+        hidden = self.hidden(ids, self.mask(laid), positions if laid.branching else None)
+        return hidden.flatten(0, 1)[self.tensor(laid.places)].float()
+
+
+def _windows(text: Any) -> list[int]:
+    """How far back layers look that do not see everything: up to there a mask is all that decides."""
+    names = [name for name in vars(text) if name.endswith(("window", "window_size", "chunk_size"))]
+    found = [getattr(text, name) for name in names]
+    return [size for size in found if isinstance(size, int) and not isinstance(size, bool) and size > 0]
 
 
 def count(parameters: Iterable[nn.Parameter]) -> int:

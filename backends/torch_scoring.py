@@ -1,59 +1,77 @@
-"""Log-probabilities of given answers: the body over padded batches, the head over answer positions only, in tiles."""
+"""Rows through the body of the model: what the head then reads at response positions. And plain scoring."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 
 from spa_lite.backend import Floats
-from spa_lite.backends.packing import Packed
+from spa_lite.backends.packing import Packed, pack
+from spa_lite.backends.torch_head import token_logprobs
 from spa_lite.backends.torch_model import Net
-from spa_lite.objective import extrapolate
-
-TILE_NUMBERS = 2**25
-"""Float32 logits made at a time (128 MiB): no tensor of [batch, time, vocabulary] exists."""
+from spa_lite.records import Row
 
 
-def response_states(net: Net, packed: Packed) -> Tensor:
+@dataclass(frozen=True)
+class Laid:
+    """Packed rows on the device, for as many passes as are needed."""
+
+    packed: Packed
+    ids: Tensor  # [L, W]
+    positions: Tensor | None  # [L, W]
+    mask: Tensor | None  # [L, 1, W, W]; none where attention is plainly causal
+    places: Tensor  # [N]
+    targets: Tensor  # [N]
+
+
+def lay_out(net: Net, rows: Sequence[Row]) -> Laid:
+    """Rows packed, and brought to the device."""
+    packed = pack(rows, net.shared)
+    if (
+        packed.branching and packed.ids.shape[1] > net.shared
+    ):  # beside a line beyond a window, which no mask may replace
+        packed = pack(rows)
+    if packed.branching and net.device.type == "cuda":
+        packed = widened(packed, -packed.ids.shape[1] % 8)  # masked attention wants whole eights there
+    return Laid(
+        packed,
+        net.tensor(packed.ids),
+        net.tensor(packed.positions) if packed.branching else None,
+        net.mask(packed),
+        net.tensor(packed.places),
+        net.tensor(packed.targets),
+    )
+
+
+def widened(packed: Packed, more: int) -> Packed:
+    """The same lines with more padding."""
+    wide = ((0, 0), (0, more))
+    return replace(
+        packed,
+        ids=np.pad(packed.ids, wide),
+        positions=np.pad(packed.positions, wide),
+        segments=np.pad(packed.segments, wide, constant_values=-1),
+        places=packed.places + packed.places // packed.ids.shape[1] * more,
+    )
+
+
+def response_states(net: Net, laid: Laid) -> Tensor:
     """What the head reads at the N response positions, [N, width]."""
-    hidden = net.hidden(net.tensor(packed.ids))
-    return hidden.flatten(0, 1).index_select(0, net.tensor(packed.places))
+    hidden = net.hidden(laid.ids, laid.mask, laid.positions)
+    return hidden.flatten(0, 1).index_select(0, laid.places)
 
 
-def token_logprobs(net: Net, states: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability [N] of each target token, float32, differentiable in `states`.
-
-    One tile keeps its logits for the backward pass; several tiles make theirs again, so that memory stays flat.
-    """
-    size = tile_size(net)
-    if len(targets) <= size:
-        return _tile(net, states, targets)
-    parts = []
-    for some, ids in zip(states.split(size), targets.split(size), strict=True):
-        if some.requires_grad:
-            parts.append(checkpoint(_tile, net, some, ids, use_reentrant=False))
-        else:
-            parts.append(_tile(net, some, ids))
-    return torch.cat(parts)
-
-
-def extrapolated_logprobs(logits: Tensor, reference: Tensor, targets: Tensor, strength: float) -> Tensor:
-    """Log-probability [N] under the logits (1 + strength) * policy - strength * reference (Eq. 11), renormalised."""
-    return -cross_entropy(extrapolate(logits, reference, strength), targets, reduction="none")
-
-
-def tile_size(net: Net) -> int:
-    """Positions per tile."""
-    return max(16, TILE_NUMBERS // net.vocab)
+@torch.inference_mode()
+def score(net: Net, rows: Sequence[Row]) -> Floats:
+    """Log-probabilities [N] of all response tokens under the adapter in use."""
+    laid = lay_out(net, rows)
+    return to_numpy(token_logprobs(net, response_states(net, laid), laid.targets))
 
 
 def to_numpy(values: Tensor) -> Floats:
     """Float64 on the host."""
     return values.detach().cpu().numpy().astype(np.float64)
-
-
-def _tile(net: Net, states: Tensor, targets: Tensor) -> Tensor:
-    return -cross_entropy(net.head(states), targets, reduction="none")

@@ -7,26 +7,36 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch.utils.checkpoint import checkpoint
 
-from spa_lite.backend import POLICY, PREVIOUS, Batch, Batching, Floats, Objective, Optimizer, Outcome, StepStats
-from spa_lite.backends.packing import Packed, micro_batches, pack, step_stats
-from spa_lite.backends.torch_model import Net, trim_heap
-from spa_lite.backends.torch_scoring import (
-    extrapolated_logprobs,
-    response_states,
-    tile_size,
-    to_numpy,
-    token_logprobs,
+from spa_lite.backend import (
+    POLICY,
+    PREVIOUS,
+    Activations,
+    Batch,
+    Batching,
+    Known,
+    Objective,
+    Optimizer,
+    Outcome,
+    StepStats,
 )
+from spa_lite.backends.packing import micro_batches, step_stats
+from spa_lite.backends.torch_activations import layers_of, measure
+from spa_lite.backends.torch_head import Reference, read
+from spa_lite.backends.torch_model import Net, trim_heap
+from spa_lite.backends.torch_scoring import Laid, lay_out, response_states, to_numpy
 from spa_lite.errors import ModelError
 from spa_lite.records import Row
 
@@ -55,17 +65,18 @@ class Training:
         objective: Objective,
         learning_rate: float,
         batching: Batching,
-        reference: Floats | None = None,
+        known: Known | None = None,
     ) -> StepStats:
         """Accumulate the gradient of the mean loss over rows, then move, unless something is not finite."""
+        micro = micro_batches(rows, known, batching.micro_tokens, self.net.shared, objective.sequential)
         try:
-            with layers_checkpointed(self.net.model, batching.gradient_checkpointing):
+            with first_layers_recomputed(self.net.model, batching.checkpointed):
                 parts = [
-                    self._accumulate(some, known, objective, len(rows), batching.gradient_checkpointing)
-                    for some, known in micro_batches(rows, reference, batching.micro)
+                    (indices, *self._accumulate(some, theirs, objective, len(rows), batching.checkpointed > 0))
+                    for indices, some, theirs in micro
                 ]
             norm = self._clip()
-            finite = bool(np.isfinite(norm)) and all(np.isfinite(outcome.loss).all() for _, outcome in parts)
+            finite = bool(np.isfinite(norm)) and all(np.isfinite(outcome.loss).all() for _, _, outcome in parts)
             if finite:
                 self._move(learning_rate)
         finally:
@@ -88,62 +99,63 @@ class Training:
             raise
 
     def _accumulate(
-        self, rows: Sequence[Row], known: Floats | None, objective: Objective, total: int, checkpointed: bool
+        self, rows: Sequence[Row], known: Known | None, objective: Objective, total: int, checkpointed: bool
     ) -> tuple[Batch, Outcome]:
         """Forward and backward of one micro-batch. The policy's graph is built last and used at once."""
-        net, packed = self.net, pack(rows)
-        targets, strength = net.tensor(packed.targets), objective.extrapolation
-        with_reference = strength > 0 or (objective.reference and known is None)
-        reference_states = self._states(packed, PREVIOUS) if with_reference else None
-        states = self._policy_states(packed, checkpointed)
-        logp = token_logprobs(net, states, targets)
-        reference = known if objective.reference and known is not None else np.zeros(0)
-        extrapolated = np.zeros(0)
-        if reference_states is not None:
-            tokens, mixed = self._no_gradient_logprobs(targets, states.detach(), reference_states, strength)
-            reference = packed.sums(tokens) if objective.reference else reference
-            extrapolated = packed.sums(mixed) if strength > 0 else extrapolated
-            self.enter(POLICY)
-        batch = Batch(packed.sums(to_numpy(logp)), reference, extrapolated, packed.lengths, packed.row)
+        net, laid = self.net, lay_out(self.net, rows)
+        packed = laid.packed
+        beside = self._reference(laid, known, objective)
+        found = read(net, self._policy_states(laid, checkpointed), laid.targets, beside, self.enter)
+
+        logp, reference, extrapolated = (
+            packed.sums(to_numpy(some)) for some in (found.logp, found.reference, found.extrapolated)
+        )
+        if known is not None:
+            reference = known.sums
+        none = np.zeros(0)
+        batch = Batch(
+            logp,
+            reference if objective.reference else none,
+            extrapolated if objective.extrapolation else none,
+            packed.lengths,
+            packed.row,
+        )
         outcome = objective(batch)
-        if np.isfinite(outcome.loss).all() and len(logp):
+        if np.isfinite(outcome.loss).all() and len(found.logp):
             weight = net.tensor(outcome.coefficients[packed.owner] / total, torch.float32)
-            (logp * weight).sum().backward()  # type: ignore[no-untyped-call]
+            (found.logp * weight).sum().backward()  # type: ignore[no-untyped-call]
         return batch, outcome
 
-    def _policy_states(self, packed: Packed, checkpointed: bool) -> Tensor:
+    def _reference(self, laid: Laid, known: Known | None, objective: Objective) -> Reference | None:
+        """What must be read of the reference: its body runs only if its states are not known."""
+        wanted = objective.reference and known is None
+        if not wanted and not objective.extrapolation:
+            return None
+        if known is not None and known.states is not None:
+            states = _from_host(known.states, self.net)
+        else:
+            self.enter(PREVIOUS)
+            with torch.no_grad():
+                states = response_states(self.net, laid)
+        return Reference(states, wanted, objective.extrapolation)
+
+    def _policy_states(self, laid: Laid, checkpointed: bool) -> Tensor:
         """With gradients. Checkpointed layers leave a heap in pieces: each keeps an array between the holes it made."""
         self.enter(POLICY)
         if checkpointed:
             trim_heap(self.net.device)
-        states = response_states(self.net, packed)
+        states = response_states(self.net, laid)
         if checkpointed:
             trim_heap(self.net.device)
         return states
 
-    @torch.no_grad()
-    def _states(self, packed: Packed, role: str) -> Tensor:
-        self.enter(role)
-        return response_states(self.net, packed)
-
-    @torch.no_grad()
-    def _no_gradient_logprobs(
-        self, targets: Tensor, states: Tensor, reference_states: Tensor, strength: float
-    ) -> tuple[Floats, Floats]:
-        """Per-token log-probs under PREVIOUS and, if strength > 0, under the mixed logits; from the same tiles."""
-        plain, mixed = [], []
-        size = tile_size(self.net)
-        for mine, theirs, ids in zip(
-            states.split(size), reference_states.split(size), targets.split(size), strict=True
-        ):
-            self.enter(PREVIOUS)
-            reference = self.net.head(theirs)
-            plain.append(-torch.nn.functional.cross_entropy(reference, ids, reduction="none"))
-            if strength > 0:
-                self.enter(POLICY)
-                mixed.append(extrapolated_logprobs(self.net.head(mine), reference, ids, strength))
-        none = np.zeros(0)
-        return to_numpy(torch.cat(plain)) if plain else none, to_numpy(torch.cat(mixed)) if mixed else none
+    def activations(self, row: Row) -> Activations:
+        """Measure what a step on this row would hold. Changes nothing."""
+        try:
+            self.enter(POLICY)
+            return measure(self.net, lay_out(self.net, [row]))
+        finally:
+            self.adamw.zero_grad(set_to_none=True)
 
     def _clip(self) -> float:
         """Clip the gradient's global norm in place; return the norm before that."""
@@ -189,21 +201,23 @@ class Training:
 
 
 @contextmanager
-def layers_checkpointed(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing inside the block. Only the layers go into training mode: dropout inside stays off."""
-    if not wanted:
-        yield
-        return
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+def first_layers_recomputed(model: nn.Module, count: int) -> Iterator[None]:
+    """Inside the block the first `count` layers keep nothing but their input, and run again in the backward pass."""
+    layers = layers_of(model)[:count]
     for layer in layers:
-        layer.training = True
+        # No dropout is in use, so there are no random states to keep.
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     try:
         yield
     finally:
         for layer in layers:
-            layer.training = False
-        model.gradient_checkpointing_disable()  # type: ignore[operator]
+            del layer.forward
+
+
+def _from_host(states: Sequence[NDArray[Any]], net: Net) -> Tensor:
+    """Kept states of all tokens, [N, width]; NumPy has no bfloat16, which therefore comes as bare bits."""
+    found = torch.from_numpy(np.concatenate(states))
+    return (found.view(torch.bfloat16) if found.dtype == torch.uint16 else found).to(net.device, net.model.dtype)
 
 
 def _placed(value: Tensor, moment: str, parameter: nn.Parameter) -> Tensor:

@@ -26,6 +26,8 @@ from spa_lite.backend import (
     PREVIOUS,
     Batch,
     Floats,
+    Keep,
+    Known,
     Lora,
     ModelSettings,
     Objective,
@@ -35,7 +37,7 @@ from spa_lite.backend import (
     StepStats,
 )
 from spa_lite.backends.checks import check_prompts, check_rows
-from spa_lite.backends.packing import micro_batches
+from spa_lite.backends.packing import micro_batches, step_stats
 from spa_lite.errors import BackendError, DataError, ModelError
 from spa_lite.objective import extrapolate
 from spa_lite.records import Completion, Ids, Message, Row, Score
@@ -46,6 +48,7 @@ TURNS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 CONFIG, WEIGHTS, STATE = "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"
 DELTA = "delta"
 Places = Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
+"""Per response, where its tokens stand in a table: indices (last, next)."""
 
 
 class ToyTokenizer:
@@ -181,15 +184,25 @@ class ToyBackend:
         return self._roles[role]
 
     def sample(
-        self, prompts: Sequence[Ids], n: int, sampling: Sampling, keys: Sequence[Sequence[bytes]], role: str = POLICY
+        self,
+        prompts: Sequence[Ids],
+        n: int,
+        sampling: Sampling,
+        keys: Sequence[Sequence[bytes]],
+        role: str = POLICY,
+        keep: Keep | None = None,
     ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
-        """Yield (index of prompt, its n completions), one prompt after the other."""
+        """Yield (index of prompt, its n completions), one prompt after the other. States to keep are rows of logits."""
         check_prompts(prompts, n, keys, self.context)
         logits = self.logits(role)
         logprobs, choose = log_softmax(logits), chooser(logits, sampling)
         for index, prompt in enumerate(prompts):
             limit = min(sampling.max_tokens, self.context - len(prompt))
-            yield index, tuple(self._write(prompt[-1], key, limit, logprobs, choose) for key in keys[index])
+            answers = tuple(self._write(prompt[-1], key, limit, logprobs, choose) for key in keys[index])
+            for number, answer in enumerate(answers if keep else ()):
+                assert keep is not None
+                keep(index, number, logits[steps(prompt, answer.ids)[0]])
+            yield index, answers
 
     def _write(self, last: int, key: bytes, limit: int, logprobs: Floats, choose: Chooser) -> Completion:
         ids: list[int] = []
@@ -224,20 +237,24 @@ class ToyBackend:
             raise BackendError("the policy has no adapter to train: bind one to it first")
         self._adamw = AdamW(optimizer, np.zeros_like(delta), np.zeros_like(delta))
 
+    def activations(self, row: Row) -> None:
+        """Nothing to speak of is needed."""
+
     def dpo_step(
-        self, rows: Sequence[Row], objective: Objective, learning_rate: float, reference: Floats | None = None
+        self, rows: Sequence[Row], objective: Objective, learning_rate: float, known: Known | None = None
     ) -> StepStats:
         """One optimizer step on the mean loss over rows."""
         if self._adamw is None:
             raise BackendError("no training is under way: call start_training or restore first")
         check_rows(rows, self.context, VOCABULARY)
-        tables = self._tables(objective)
+        tables = self.logits(POLICY), self.logits(PREVIOUS)
         gradient, parts = np.zeros_like(self.base), []
-        for some, known in micro_batches(rows, reference, self.batching.micro):
-            batch, outcome, part = _gradient(some, known, objective, tables)
+        for some in micro_batches(rows, known, self.batching.micro_tokens, self.context, objective.sequential):
+            indices, theirs, told = some
+            batch, outcome, part = _gradient(theirs, told, objective, *tables)
             gradient += part / len(rows)
-            parts.append((batch, outcome))
-        losses = np.concatenate([outcome.loss for _, outcome in parts])
+            parts.append((indices, batch, outcome))
+        losses = np.concatenate([outcome.loss for _, _, outcome in parts])
         norm = float(np.sqrt((gradient**2).sum()))
         finite = bool(np.isfinite(losses).all() and np.isfinite(norm))
         if finite:
@@ -246,23 +263,7 @@ class ToyBackend:
             delta = self._delta(POLICY)
             assert delta is not None
             self._roles[POLICY] = self._adamw.move(delta, clipped, learning_rate)
-        return StepStats(
-            loss=float(losses.mean()),
-            grad_norm=norm,
-            skipped=not finite,
-            tokens=int(sum(batch.tokens.sum() for batch, _ in parts)),
-            logp=np.concatenate([batch.logp for batch, _ in parts]),
-            reference=np.concatenate([batch.reference for batch, _ in parts]),
-            metrics={
-                name: np.concatenate([outcome.metrics[name] for _, outcome in parts]) for name in parts[0][1].metrics
-            },
-        )
-
-    def _tables(self, objective: Objective) -> tuple[Floats, Floats, Floats]:
-        """Log-probability tables [last, next] of the policy, of PREVIOUS and of the mixed logits (Eq. 11)."""
-        policy, previous, strength = self.logits(POLICY), self.logits(PREVIOUS), objective.extrapolation
-        mixed = extrapolate(policy, previous, strength)
-        return log_softmax(policy), log_softmax(previous), log_softmax(mixed)
+        return step_stats(parts, norm, not finite)
 
     def save(self, folder: Path, role: str = POLICY, optimizer: bool = True) -> None:
         """Write the matrix and, for POLICY in training, the optimizer beside it."""
@@ -346,19 +347,18 @@ def base_matrix(model: str) -> Floats:
 
 
 def _gradient(
-    rows: Sequence[Row], known: Floats | None, objective: Objective, tables: tuple[Floats, Floats, Floats]
+    rows: Sequence[Row], known: Known | None, objective: Objective, policy: Floats, previous: Floats
 ) -> tuple[Batch, Outcome, Floats]:
     """What the objective says of some rows, and the gradient of their summed loss in the logits matrix.
 
     d log p(b | a) / d logits[a, :] = onehot(b) - softmax(logits[a, :]).
     """
     places = [steps(row.prompt, response) for row in rows for response in row.responses]
-    policy, previous, mixed = tables
-    none = np.zeros(0)
+    logprobs = log_softmax(policy)
     batch = Batch(
-        logp=_sums(policy, places),
-        reference=_reference(known, previous, places, objective),
-        extrapolated=_sums(mixed, places) if objective.extrapolation > 0 else none,
+        logp=_sums(logprobs, places),
+        reference=_reference(known, previous, places) if objective.reference else np.zeros(0),
+        extrapolated=_extrapolated(known, policy, previous, places, objective.extrapolation),
         tokens=np.array([len(place[0]) for place in places], dtype=np.int64),
         row=np.repeat(np.arange(len(rows)), [len(row.responses) for row in rows]),
     )
@@ -366,14 +366,21 @@ def _gradient(
     counts = np.zeros_like(policy)
     for coefficient, place in zip(outcome.coefficients, places, strict=True):
         np.add.at(counts, place, coefficient)
-    return batch, outcome, counts - counts.sum(axis=1, keepdims=True) * np.exp(policy)
+    return batch, outcome, counts - counts.sum(axis=1, keepdims=True) * np.exp(logprobs)
 
 
-def _reference(known: Floats | None, previous: Floats, places: Places, objective: Objective) -> Floats:
-    """Sums under PREVIOUS: those that are known already, unless the objective extrapolates."""
-    if not objective.reference:
+def _reference(known: Known | None, previous: Floats, places: Places) -> Floats:
+    """Sums under PREVIOUS: those that are known already, used as they are."""
+    return known.sums if known else _sums(log_softmax(previous), places)
+
+
+def _extrapolated(known: Known | None, policy: Floats, previous: Floats, places: Places, strength: float) -> Floats:
+    """Sums under the mixed logits (Eq. 11), from PREVIOUS's states where they are known: here they are its logits."""
+    if strength == 0:
         return np.zeros(0)
-    return known if known is not None and objective.extrapolation == 0 else _sums(previous, places)
+    states = (known and known.states) or [previous[last] for last, _ in places]
+    mixed = [log_softmax(extrapolate(policy[last], h, strength)) for (last, _), h in zip(places, states, strict=True)]
+    return np.array([logp[range(len(to)), to].sum() for logp, (_, to) in zip(mixed, places, strict=True)])
 
 
 def read_delta(folder: Path) -> Floats:

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from spa_lite import backends
-from spa_lite.backend import POLICY, Lora, Optimizer, Sampling
-from spa_lite.estimate import memory
+from spa_lite.backend import POLICY, Backend, Lora, Optimizer, Sampling
+from spa_lite.estimate import Case, Place, held, longest_of, memory, tokens_of
+from spa_lite.fit import batching_of, measured
 from spa_lite.keys import sample_key
 from spa_lite.lesson import MODEL_DIR
 from spa_lite.objective import Refined, Window
@@ -41,13 +42,24 @@ LLAMAS: dict[str, dict[str, Any]] = {
     "135M (SmolLM2)": {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9}
     | {"num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True},
 }
-LAPTOP = {"lengths.max_prompt_length": 128, "lengths.max_length": 192, "sampling.max_tokens": 64, "batching.micro": 2}
+LAPTOP = {"lengths.max_prompt_length": 128, "lengths.max_length": 192, "sampling.max_tokens": 64}
+
+
+def sizes(micro: int, score: int, checkpointed: int = 0) -> dict[str, int]:
+    """Tokens per forward in training and scoring, and checkpointed layers."""
+    names = ("micro_tokens", "score_tokens", "checkpointed_layers")
+    return {f"batching.{name}": size for name, size in zip(names, (micro, score, checkpointed), strict=True)}
+
+
 CASES: list[tuple[str, dict[str, Any]]] = [
-    ("lesson", load_layer("scale", "lesson") | {"batching.gradient_checkpointing": False}),
-    ("30M", LAPTOP),
-    ("30M", LAPTOP | {"batching.gradient_checkpointing": False, "batching.micro": 4}),
-    ("55M, three wide layers", LAPTOP),
-    ("135M (SmolLM2)", LAPTOP),
+    ("lesson", load_layer("scale", "lesson") | sizes(2048, 4096)),
+    ("30M", LAPTOP | sizes(512, 2048)),
+    ("30M", LAPTOP | sizes(2048, 4096)),
+    ("30M", LAPTOP | sizes(2048, 4096, 7)),
+    ("55M, three wide layers", LAPTOP | sizes(1024, 4096)),
+    ("135M (SmolLM2)", LAPTOP | sizes(1024, 4096)),
+    ("135M (SmolLM2)", LAPTOP | sizes(1024, 4096, 15)),
+    ("135M (SmolLM2)", LAPTOP | sizes(1024, 4096, 29)),
 ]
 """Model, and what is changed in scale `laptop`."""
 KINDS = ("train", "sample", "judge")
@@ -83,11 +95,13 @@ def head() -> str:
             "# Memory: measured and estimated (float32, Linux CPU)",
             "",
             f"MiB of the whole process, libraries included. {versions}, OMP_NUM_THREADS="
-            f"{os.environ.get('OMP_NUM_THREADS', 'unset')}{openblas}. Four micro-batches are trained on, one batch is "
-            "sampled and one scored. Not measured: CUDA, MPS, Metal and 4 bits, for want of the machines.",
+            f"{os.environ.get('OMP_NUM_THREADS', 'unset')}{openblas}. Four forwards are trained on (refined, with all "
+            "that is ever computed), one batch is sampled and one scored. `By probe` is what a run itself goes by: "
+            "the same, with what was measured on one row in place of the formula. Not measured: CUDA, MPS, Metal and 4 "
+            "bits, for want of the machines.",
             "",
-            "| backend | model | checkpointing | pairs, prompts, rows at a time | stage | measured | estimate | off |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| backend | model | together | checkpointed | stage | measured | estimate | off | by probe | off |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
     )
 
@@ -98,21 +112,26 @@ def rows(backend: str, name: str, changes: dict[str, Any], place: Path) -> Itera
     if not folder.exists():
         make(folder, LLAMAS[name])
     layers = changes | {"inputs.model": str(folder), "inputs.device": "cpu", "model.dtype": "float32"}
-    recipe = recipe_of(layers)
+    recipe, batching = recipe_of(layers), batching_of(recipe_of(layers))
     shape = shape_of(json.loads((folder / "config.json").read_text()))
-    stages = memory(shape, recipe, backend=backend, device="cpu", dtype="float32", bits=32).stages
-    b = recipe.batching
+    stages = memory(shape, recipe, batching, Place(backend, "cpu", "float32", 32)).stages
     for kind in KINDS:
+        if kind != "train" and batching.checkpointed:
+            continue
         spec = json.dumps({"backend": backend, "kind": kind, "layers": layers})
         done = subprocess.run([sys.executable, __file__, "--one", spec], check=True, capture_output=True, text=True)
-        measured, estimate = int(done.stdout.split()[-1]), stages[kind]
-        kept = "yes" if b.gradient_checkpointing else "no"
-        off = estimate / measured - 1
-        yield (
-            f"| {backend} | {name} | {kept} | {b.micro}, {b.sample}, {b.score} | {kind} | {measured / 2**20:.0f} "
-            f"| {estimate / 2**20:.0f} | {100 * off:+.0f} % |",
-            off,
-        )
+        peak, probed = map(int, done.stdout.split()[-2:])
+        at_once = {"train": batching.micro_tokens, "judge": batching.score_tokens, "sample": batching.sample}[kind]
+        what = f"{at_once:,} {'prompts' if kind == 'sample' else 'tokens'}"
+        layers_ = f"{batching.checkpointed} of {shape.layers}" if kind == "train" else ""
+        numbers = [f"{peak / 2**20:.0f}", *off_by(stages[kind], peak), *off_by(probed, peak)]
+        line = " | ".join([backend, name, what, layers_, kind, *numbers])
+        yield f"| {line} |", stages[kind] / peak - 1
+
+
+def off_by(estimate: int, peak: int) -> tuple[str, str]:
+    """An estimate in MiB, and how far off it is; nothing where there is none."""
+    return (f"{estimate / 2**20:.0f}", f"{100 * (estimate / peak - 1):+.0f} %") if estimate else ("", "")
 
 
 def recipe_of(layers: dict[str, Any]) -> Recipe:
@@ -144,8 +163,9 @@ def one(case: dict[str, Any]) -> None:
     def ids(size: int) -> Ids:
         return tuple(int(token) for token in rng.integers(5, vocabulary, size))
 
-    def texts(count: int) -> Sequence[Row]:
-        return [Row(prompt=ids(prompt), responses=(ids(answer), ids(answer))) for _ in range(count)]
+    def texts(tokens: int) -> Sequence[Row]:
+        row = tokens_of(Row(prompt=ids(prompt), responses=(ids(answer), ids(answer))))
+        return [Row(prompt=ids(prompt), responses=(ids(answer), ids(answer))) for _ in range(max(1, tokens // row))]
 
     backend.bind(POLICY, None, Lora(lora.rank, lora.alpha, tuple(lora.targets)))
     backend.snapshot()
@@ -153,16 +173,26 @@ def one(case: dict[str, Any]) -> None:
     if case["kind"] == "train":
         backend.start_training(Optimizer())
         refined = Refined(0.1, 0.1, 0.5, Window(), 0.2, 10)
-        backend.dpo_step(texts(4 * recipe.batching.micro), refined, 1e-4)
+        backend.dpo_step(texts(4 * backend.batching.micro_tokens), refined, 1e-4)
     elif case["kind"] == "judge":
-        list(backend.logprob(texts(recipe.batching.score), POLICY))
+        list(backend.logprob(texts(backend.batching.score_tokens), POLICY))
     else:
         backend.tokenizer._stops = frozenset()  # type: ignore[attr-defined]  # no answer ends early
         sampling, count = Sampling(0.7, 1.0, recipe.sampling.max_tokens), recipe.batching.sample
         keys = [[sample_key(0, 0, str(i), k) for k in range(recipe.sampling.n)] for i in range(count)]
         list(backend.sample([ids(prompt) for _ in range(count)], recipe.sampling.n, sampling, keys))
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    print(int(peak.split()[1]) * 1024)
+    print(int(peak.split()[1]) * 1024, by_probe(backend, recipe) if case["kind"] == "train" else 0)
+
+
+def by_probe(backend: Backend, recipe: Recipe) -> int:
+    """What a run would say of its training: everything by formula but what the step itself holds."""
+    assert backend.shape
+    longest, place = longest_of(recipe, backend.shape), Place.of(backend)
+    kept, case = measured(backend, longest, lambda _: True), Case(backend.shape, recipe, place, longest)
+    assert kept
+    tokens = case.together(backend.batching.micro_tokens)
+    return int(case.fixed + case.optimizer + held(kept, tokens, backend.batching.checkpointed, place))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,19 @@ def sample(
 @command(
     app,
     "train",
-    ["seed", "inputs", "model", "lengths", "lora", "seed_dpo", "judge", "loss", "refine", "train", "batching"],
+    [
+        "seed",
+        "inputs",
+        "model",
+        "lengths",
+        "lora",
+        "seed_dpo",
+        "loss",
+        "refine",
+        "train",
+        "batching",
+        "judge.identical",
+    ],
 )
 def train(
     given: dict[str, Any],
@@ -84,7 +96,7 @@ def train(
     from spa_lite.cli import render
     from spa_lite.estimate import longest_of_rows
     from spa_lite.files import move
-    from spa_lite.fit import batching_of, micro_that_fits
+    from spa_lite.fit import sizes_that_fit
     from spa_lite.records import Judgement
     from spa_lite.stages import lora_shape, round_objective
     from spa_lite.train import Example
@@ -108,16 +120,17 @@ def train(
     if not rows:
         raise DataError(f"{source} holds no pair of different answers, so there is nothing to learn")
     before_use(backend, r)
-    if r.batching.micro is None:
-        texts = longest_of_rows([example.row for example in rows])
-        backend.batching = batching_of(r, micro_that_fits(r, backend, texts))
+    if r.train.cache_reference:
+        render.note("--cache-reference is for `spa-lite run`: beside a file of judgements there are no states to use")
     shape: Lora | None = None if r.inputs.adapter_path or r.inputs.init_adapter else lora_shape(r)
     start = r.inputs.adapter_path or r.inputs.init_adapter
     backend.bind(POLICY, Path(start) if start else None, shape)
     backend.snapshot()
+    backend.start_training(loop.optimizer_of(r))
+    backend.batching = sizes_that_fit(r, backend, longest_of_rows([example.row for example in rows]))
     out.mkdir(parents=True, exist_ok=True)
     plan = loop.round_plan(r, len(rows)) if judged else loop.seed_plan(r, len(rows))
-    loss = round_objective(r, round_, plan.steps) if judged else objective.Dpo(r.loss.beta)
+    loss = round_objective(r, round_, plan) if judged else objective.Dpo(r.loss.beta)
     stage, number = (f"round {round_} train", round_) if judged else ("seed", 0)
     with tempfile.TemporaryDirectory(dir=out, prefix=".train") as unfinished, render.progress() as report:
         saved = Checkpoints(Path(unfinished), tell=render.note)

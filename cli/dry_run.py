@@ -12,6 +12,7 @@ from spa_lite.cli import render
 from spa_lite.errors import ModelError
 
 if TYPE_CHECKING:
+    from spa_lite.backend import Batching
     from spa_lite.estimate import Longest, Memory
     from spa_lite.library import Library
     from spa_lite.models import Models
@@ -29,6 +30,7 @@ def show(recipe: Recipe, sources: dict[str, str], out: Path | None) -> None:
     from spa_lite import prepare
     from spa_lite.backends.outline import outline
     from spa_lite.cli.run import HOME, library_beside
+    from spa_lite.fit import batching_of
     from spa_lite.stages import longest as longest_in
 
     for path, source in sources.items():
@@ -39,8 +41,10 @@ def show(recipe: Recipe, sources: dict[str, str], out: Path | None) -> None:
     data = _encoded(recipe, models, raw)
     longest = longest_in(recipe, data) if data else None
     _show_model(models, used)
+    sizes = batching_of(recipe)
     if models.backend.shape:
-        recipe = _show_memory(recipe, models, models.backend.shape, used, longest)
+        sizes = _show_memory(recipe, models, models.backend.shape, longest)
+        _show_cache(recipe, models.backend.shape, str(used["dtype"]), raw)
         if recipe.inputs.model:
             _show_elsewhere(recipe, models.backend.shape, longest)
     folder = (out or HOME / prepare.run_name(recipe, models, data)) if data and _has_weights(models) else None
@@ -48,7 +52,7 @@ def show(recipe: Recipe, sources: dict[str, str], out: Path | None) -> None:
     planned = _planned(recipe, models, data, folder, library)
     _show_stages(planned, library, folder)
     if not planned or any(stage.seconds(library) is None for stage in planned):
-        _show_arithmetic(recipe, models.backend.shape, raw, longest, str(used["device"]))
+        _show_arithmetic(recipe, models.backend.shape, sizes, raw, longest, str(used["device"]))
 
 
 def _records(recipe: Recipe) -> Raw | None:
@@ -99,47 +103,63 @@ def _show_model(models: Models, used: dict[str, Any]) -> None:
     print("\nmodel: " + render.safe(", ".join([models.backend.name, *parts, *size])))
 
 
-def _show_memory(recipe: Recipe, models: Models, shape: Shape, used: dict[str, Any], longest: Longest | None) -> Recipe:
-    """The memory of each kind of stage; returns the recipe with the micro-batch that would be chosen."""
-    from spa_lite.estimate import memory, micro_batch
+def _show_memory(recipe: Recipe, models: Models, shape: Shape, longest: Longest | None) -> Batching:
+    """The memory of each kind of stage; returns the batch sizes that would be chosen."""
+    from spa_lite.estimate import Place, memory
+    from spa_lite.fit import planned_sizes
 
-    way: dict[str, Any] = {"backend": models.backend.name} | {name: used[name] for name in ("device", "dtype", "bits")}
-    free = models.backend.free_memory()
-    if recipe.batching.micro is None:
-        micro = micro_batch(shape, recipe, free, **way, longest=longest) if free else 1
-        recipe = replace(recipe, batching=replace(recipe.batching, micro=micro))
-    found = memory(shape, recipe, **way, longest=longest)
+    place, free = Place.of(models.backend), models.backend.free_memory()
+    sizes = planned_sizes(recipe, shape, place, free, longest)
+    found = memory(shape, recipe, sizes, place, longest)
     table = Table(title="memory, estimated, GB", title_justify="left", caption_justify="left")
-    table.caption = _verdict(found, free, recipe)
+    table.caption = _verdict(found, free, sizes)
     rows = _parts(found)
     for name in ("stage", *rows[0][1], "peak"):
         table.add_column(name, justify="left" if name == "stage" else "right")
     for stage, parts in rows:
-        sizes = [f"{size / GB:.2f}" if size else "-" for size in parts.values()]
-        table.add_row(stage, *sizes, f"{found.stages[stage] / GB:.2f}")
+        numbers = [f"{size / GB:.2f}" if size else "-" for size in parts.values()]
+        table.add_row(stage, *numbers, f"{found.stages[stage] / GB:.2f}")
     render.show(table)
-    return recipe
+    return sizes
+
+
+def _show_cache(recipe: Recipe, shape: Shape, dtype: str, raw: Raw | None) -> None:
+    """What --cache-reference takes on the disk; nothing where it is not asked for."""
+    from spa_lite.states import cache_bytes
+
+    prompts = len(raw.prompts) if raw else 1000
+    size = sum(cache_bytes(recipe, shape, dtype, prompts, i) for i in range(1, recipe.rounds + 1)) // max(
+        1, recipe.rounds
+    )
+    if size:
+        print(f"the sampler's states on the disk for {prompts} prompts: at most {size / GB:.2f} GB (--cache-reference)")
 
 
 ELSEWHERE = {
-    "CUDA, bfloat16": ("torch", "cuda", 16),
-    "CUDA, 4 bits": ("torch", "cuda", 4),
-    "Apple GPU, bfloat16": ("mlx", "gpu", 16),
-    "Apple GPU, 4 bits": ("mlx", "gpu", 4),
+    "CUDA, bfloat16": ("torch", "cuda", "bfloat16", 16),
+    "CUDA, 4 bits": ("torch", "cuda", "bfloat16", 4),
+    "Apple GPU, bfloat16": ("mlx", "gpu", "bfloat16", 16),
+    "Apple GPU, 4 bits": ("mlx", "gpu", "bfloat16", 4),
 }
-"""Other ways to run the same model: name -> backend, device, bits."""
+"""Other ways to run the same model: name -> backend, device, dtype, bits."""
 
 
 def _show_elsewhere(recipe: Recipe, shape: Shape, longest: Longest | None) -> None:
-    """What the same run would take on a GPU, for whoever has one to choose. By formula: no GPU was measured."""
-    from spa_lite.estimate import memory
+    """The least that the same run takes on a GPU, for whoever has one to choose. By formula: no GPU was measured."""
+    from spa_lite.backend import Batching
+    from spa_lite.estimate import Place, memory
+    from spa_lite.fit import batching_of
 
-    table = Table(title="the same on a GPU (formula only, not measured), peak in GB", title_justify="left")
-    for name in ("", "train", "sample", "judge"):
+    title = "the least on a GPU, by formula (not measured), peak in GB"
+    table = Table(title=title, title_justify="left")
+    for name in ("", "train", "train, checkpointed", "sample", "judge"):
         table.add_column(name, justify="right" if name else "left")
-    for name, (backend, device, bits) in ELSEWHERE.items():
-        found = memory(shape, recipe, backend=backend, device=device, dtype="bfloat16", bits=bits, longest=longest)
-        table.add_row(name, *[f"{size / GB:.2f}" for size in found.stages.values()])
+    sizes = batching_of(recipe, Batching(score_tokens=1, micro_tokens=1))
+    for name, way in ELSEWHERE.items():
+        found = memory(shape, recipe, sizes, Place(*way), longest).stages
+        least = memory(shape, recipe, replace(sizes, checkpointed=shape.layers - 1), Place(*way), longest).stages
+        parts = (found["train"], least["train"], found["sample"], found["judge"])
+        table.add_row(name, *[f"{size / GB:.2f}" for size in parts])
     render.show(table)
 
 
@@ -153,15 +173,17 @@ def _parts(found: Memory) -> list[tuple[str, dict[str, int]]]:
     return [(stage, shared | empty | parts) for stage, parts in own.items()]
 
 
-def _verdict(found: Memory, free: int | None, recipe: Recipe) -> str:
-    b = recipe.batching
-    sizes = f"micro-batch {b.micro}, sample batch {b.sample}, score batch {b.score}"
+def _verdict(found: Memory, free: int | None, sizes: Batching) -> str:
+    said = f"tokens per forward: training {sizes.micro_tokens:,}, scoring {sizes.score_tokens:,}; "
+    said += f"{sizes.checkpointed} layers checkpointed; {sizes.sample} prompts sampled together"
     if free is None:
-        return sizes
-    fits = "it fits" if found.peak <= free else "IT DOES NOT FIT: lower these, or take a shorter --max-seq-length"
+        return said
+    fits = (
+        "it fits" if found.peak <= free else "IT DOES NOT FIT: take a shorter --max-seq-length, or lower what is yours"
+    )
     if found.fixed > free:
         fits = "THE WEIGHTS ALONE DO NOT FIT: take a smaller model, or fewer bits on a GPU (below)"
-    return f"{sizes}; {free / GB:.1f} GB are free: {fits}"
+    return f"{said}; {free / GB:.1f} GB are free: {fits}"
 
 
 def _show_stages(planned: list[Planned] | None, library: Library, folder: Path | None) -> None:
@@ -184,7 +206,7 @@ def _show_stages(planned: list[Planned] | None, library: Library, folder: Path |
 
 
 def _show_arithmetic(
-    recipe: Recipe, shape: Shape | None, raw: Raw | None, longest: Longest | None, device: str
+    recipe: Recipe, shape: Shape | None, sizes: Batching, raw: Raw | None, longest: Longest | None, device: str
 ) -> None:
     """Time from the model's arithmetic; without data, for round numbers of them."""
     from spa_lite.estimate import cpu_speed, seconds, work
@@ -198,7 +220,7 @@ def _show_arithmetic(
     if raw is not None:
         prompts, pairs = len(raw.prompts), len(raw.seed_pairs)
         held_out = min(len(raw.held_out_pairs), recipe.measure.pairs)
-    found = work(shape, recipe, prompts, pairs, held_out, longest=longest)
+    found = work(shape, recipe, sizes, prompts, pairs, held_out, longest=longest)
     speed = cpu_speed()
     times = {kind: seconds(some, speed) for kind, some in found.items()}
     parts = ", ".join(f"{kind} {render.duration(time)}" for kind, time in times.items() if time >= 1)

@@ -11,6 +11,7 @@ import typer
 from spa_lite.cli.eval_work import NAME, Work, folder_of, save, settings, working
 from spa_lite.cli.main import app
 from spa_lite.cli.options import Config, Named, Scale, Sets, command
+from spa_lite.cli.policy import JUDGING
 from spa_lite.errors import RecipeError
 
 PANEL = "What to measure"
@@ -21,7 +22,7 @@ def _option(*names: str, help: str, **more: Any) -> Any:
 
 
 @command(
-    app, "eval", ["seed", "inputs", "model", "lengths", "sampling", "judge", "loss", "batching", "measure", "lesson"]
+    app, "eval", ["seed", "inputs", "model", "lengths", "sampling", *JUDGING, "loss", "batching", "measure", "lesson"]
 )
 def evaluate(
     given: dict[str, Any],

@@ -9,7 +9,7 @@ import typer
 
 from spa_lite.cli.main import app
 from spa_lite.cli.options import Config, Named, Round, Scale, Sets, command, resolve
-from spa_lite.cli.policy import GROUPS, bind, limits, with_policy
+from spa_lite.cli.policy import GROUPS, JUDGING, bind, limits, with_policy
 from spa_lite.cli.run import default_scale
 from spa_lite.cli.streams import holds, local
 from spa_lite.errors import DataError, RecipeError, RunError
@@ -23,7 +23,10 @@ ABOVE, BELOW = "bold on #1d4ed8", "underline on #b45309"
 """Tokens that the policy likes better than the reference does, and less: blue and orange, bold and underlined."""
 
 
-@command(app, "explain", ["seed", *GROUPS, "judge", "loss", "refine", "batching.micro", "batching.score"])
+SIZES = ["batching.micro_tokens", "batching.score_tokens"]
+
+
+@command(app, "explain", ["seed", *GROUPS, *JUDGING, "loss", "refine", *SIZES])
 def explain(
     given: dict[str, Any],
     source: Annotated[

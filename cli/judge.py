@@ -10,7 +10,7 @@ import typer
 
 from spa_lite.cli.main import app
 from spa_lite.cli.options import Config, Named, Output, Round, Scale, Sets, command, resolve
-from spa_lite.cli.policy import GROUPS, bind, with_policy
+from spa_lite.cli.policy import GROUPS, JUDGING, bind, with_policy
 from spa_lite.cli.run import default_scale
 from spa_lite.cli.streams import count_lines, holds, local
 from spa_lite.errors import ModelError, RecipeError, RunError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from spa_lite.recipe import Recipe
 
 
-@command(app, "judge", ["seed", *GROUPS, "judge", "loss", "batching.score", "batching.sample"])
+@command(app, "judge", ["seed", *GROUPS, *JUDGING, "loss", "batching.score_tokens", "batching.sample"])
 def judge(
     given: dict[str, Any],
     source: Annotated[

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from spa_lite.cli.checks import before_use
 from spa_lite.errors import ModelError
-from spa_lite.recipe import Recipe
+from spa_lite.recipe import SETTINGS, Recipe
 
 if TYPE_CHECKING:
     from spa_lite.backend import Backend
@@ -17,6 +17,8 @@ GROUPS = [
     *("inputs.skip_bad", "model", "lengths"),
 ]
 """Settings of the commands that read one file under a policy and a reference."""
+JUDGING = [path for path in SETTINGS if path.startswith("judge.") and path != "judge.rescore"]
+"""Settings of a judge that is not part of a run: it knows of no sampler, and scores all that it is given."""
 
 
 def limits(r: Recipe, backend: Backend) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def with_policy(given: dict[str, Any], r: Recipe) -> dict[str, Any]:
     """Where the recipe so far names no policy: the newest run's, else the built-in seed adapter. Says which."""
     from spa_lite.cli import render
     from spa_lite.lesson import MODEL_DIR
-    from spa_lite.recipe import SETTINGS, read_yaml
+    from spa_lite.recipe import read_yaml
 
     if r.inputs.model or r.inputs.adapter_path or r.inputs.init_model:
         return given

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spa_lite.events import Event, Report
+from spa_lite.throughput import Pace, Went, totals
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -50,11 +50,11 @@ class _Count(ProgressColumn):
 
 
 class _Rate(ProgressColumn):
-    """Units per second."""
+    """Units per second, and useful tokens per second."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.1f}/s" if speed else "", style="cyan")
+        return Text(f"{speed:,.1f}/s{task.fields['tokens']}" if speed else "", style="cyan")
 
 
 @contextmanager
@@ -81,16 +81,18 @@ def progress(keep: bool = True) -> Iterator[Report]:
 
 def _bars(bars: Progress, keep: bool) -> Report:
     tasks: dict[str, Any] = {}
+    pace = Pace()
 
     def report(event: Event) -> None:
+        went = pace.hear(event)
         if event.note:
             bars.console.print(safe(f"{event.stage}: {event.note}"))
-        if event.unit == "stage" or not (event.done or event.total):
+        if not _shown(event):
             return
         total = event.total or None
         if event.stage not in tasks:
-            tasks[event.stage] = bars.add_task(safe(event.stage), total=total, unit=event.unit)
-        bars.update(tasks[event.stage], completed=event.done, total=total)
+            tasks[event.stage] = bars.add_task(safe(event.stage), total=total, unit=event.unit, tokens="")
+        bars.update(tasks[event.stage], completed=event.done, total=total, unit=event.unit, tokens=_tokens(went))
         if total and event.done >= total and not keep:
             bars.remove_task(tasks.pop(event.stage))
 
@@ -98,31 +100,42 @@ def _bars(bars: Progress, keep: bool) -> Report:
 
 
 def _lines(every: float = 5.0) -> Report:
-    began: dict[str, tuple[float, int]] = {}  # stage -> when its first unit was begun, and what was done before
-    last = dict.fromkeys(("event", "line"), time.monotonic())
+    pace = Pace()
+    begun: set[tuple[str, str]] = set()
+    last = pace.now
 
     def report(event: Event) -> None:
+        nonlocal last
+        before, went = pace.now, pace.hear(event)
         if event.note:
             note(f"{event.stage}: {event.note}")
-        now, before = time.monotonic(), last["event"]
-        last["event"] = now
-        if event.unit == "stage" or not (event.done or event.total):
+        if not _shown(event):
             return
-        if event.stage not in began:
-            # Answers and scores come in bursts, a batch at a time: after the first one nothing is known of the pace.
-            began[event.stage], last["line"] = (before, event.done - 1), before if event.unit == "steps" else now
-        start, skipped = began[event.stage]
-        if event.done != event.total and now - last["line"] < every:
+        if (event.stage, event.unit) not in begun:
+            # Answers and scores come in bursts, a batch at a time: the first line waits for more than one answer.
+            begun.add((event.stage, event.unit))
+            last = before if event.unit == "steps" else pace.now
+        if event.done != event.total and pace.now - last < every:
             return
-        last["line"] = now
-        rate = (event.done - skipped) / (now - start) if now > start else 0.0
-        pace = f", {rate:,.1f}/s" if rate else ""
+        last = pace.now
+        rate = went.units_per_second
+        shown = (f", {rate:,.1f}/s" if rate else "") + _tokens(went)
         if rate and event.total:
-            pace += f", {(event.total - event.done) / rate:,.0f} s left"
+            shown += f", {(event.total - event.done) / rate:,.0f} s left"
         total = f"/{event.total}" if event.total else ""
-        note(f"{event.stage}: {event.done}{total} {event.unit}{pace}")
+        note(f"{event.stage}: {event.done}{total} {event.unit}{shown}")
 
     return report
+
+
+def _shown(event: Event) -> bool:
+    """Whether an event counts something; a stage that is done, and work that begins, are not shown."""
+    return event.unit != "stage" and not event.begins and bool(event.done or event.total)
+
+
+def _tokens(went: Went) -> str:
+    """`, 812 tokens/s`, where tokens are counted."""
+    return f", {went.tokens_per_second:,.0f} tokens/s" if went.tokens and went.seconds else ""
 
 
 def percent(interval: Mapping[str, float] | None) -> str:
@@ -138,7 +151,7 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 Spent = Mapping[str, Mapping[str, Mapping[str, float]]]
-"""Row of the table -> kind of stage -> seconds and CPU seconds."""
+"""Row of the table -> kind of stage -> seconds, CPU seconds and throughput."""
 
 
 def summary_tables(summary: Mapping[str, Any], spent: Spent) -> list[Table]:
@@ -161,7 +174,25 @@ def summary_tables(summary: Mapping[str, Any], spent: Spent) -> list[Table]:
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*[_cell(row, name, spent) for name in columns])
-    return [table, _criteria(rows)] if has_gold else [table]
+    more = [_criteria(rows)] if has_gold else []
+    fast = throughput_table([spent[row["stage"]] for row in rows if row["stage"] in spent])
+    return [table, *more, *([fast] if fast else [])]
+
+
+def throughput_table(spent: Sequence[Mapping[str, Mapping[str, float]]]) -> Table | None:
+    """Useful tokens per second of each kind of stage, over all stages that were computed; None if none was."""
+    found = totals(spent)
+    if not found:
+        return None
+    floor = any(total.share is not None for total in found)
+    table = Table(title="throughput, in tokens of answers", title_justify="left", caption_justify="left")
+    table.caption = "floor: the least time on this machine" if floor else None
+    for name in ("stage", "what", "tokens", "tokens/s", *(["% of the floor"] if floor else [])):
+        table.add_column(name, justify="left" if name in {"stage", "what"} else "right", no_wrap=True)
+    for total in found:
+        cells = [total.kind, total.done, f"{total.tokens:,.0f}", f"{total.per_second or 0:,.0f}"]
+        table.add_row(*cells, *([number(None if total.share is None else 100 * total.share, 1)] if floor else []))
+    return table
 
 
 def _counts(rows: Sequence[Mapping[str, Any]]) -> str:

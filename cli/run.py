@@ -78,8 +78,10 @@ def run(
     import msgspec
 
     from spa_lite import backends, prepare
+    from spa_lite.backends.speed import speed
     from spa_lite.cli import render
     from spa_lite.files import read_json
+    from spa_lite.floor import Floor
     from spa_lite.spa import align
     from spa_lite.store import Run
 
@@ -98,6 +100,7 @@ def run(
     if fresh and folder.exists():
         clear(folder)
     place = Run(folder, None if fresh else library_beside(folder))
+    place.floor = Floor(models, resolved, data, speed).seconds
     render.note(f"run folder: {folder}")
     with (
         render.progress() as progress,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from spa_lite.backend import Backend, Sampling
+from spa_lite.events import per_unit
 from spa_lite.fit import halving
 from spa_lite.judge import scorer
 from spa_lite.keys import digest
@@ -86,7 +87,7 @@ class LocalModel:
         """
         rows = {i: self._row(turns, options) for i, turns in enumerate(conversations)}
         fitting = {i: row for i, row in rows.items() if row is not None}
-        sums = dict(zip(fitting, scorer(self.backend, self.role, tick)(list(fitting.values())), strict=True))
+        sums = dict(zip(fitting, scorer(self.backend, self.role, per_unit(tick))(list(fitting.values())), strict=True))
         return [apart(fitting[i].responses, sums[i]) if i in fitting else None for i in rows]
 
     def _row(self, turns: Conversation, options: Sequence[str]) -> Row | None:

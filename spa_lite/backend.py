@@ -7,7 +7,7 @@ a loss per row and one coefficient per response, and the backend differentiates 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -58,12 +58,13 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Batching:
-    """Memory and speed only: none of these may change a result beyond rounding."""
+    """Memory and speed only: none of these may change a result beyond rounding. Tokens count padding; one row is
+    always taken, however long."""
 
     sample: int = 64  # prompts decoded together (each with its n answers)
-    score: int = 32  # rows scored together
-    micro: int = 8  # rows per forward of a training step
-    gradient_checkpointing: bool = False
+    score_tokens: int = 4096  # tokens per forward when scoring
+    micro_tokens: int = 2048  # tokens per forward of a training step
+    checkpointed: int = 0  # layers, from the first, whose activations are made again in the backward pass
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,35 @@ class ModelSettings:
     system: str | None = None  # a system turn put before conversations that have none
     template: str | None = None  # a Jinja file, or the name of a built-in fallback ("plain"); None: the model's own
     batching: Batching = field(default_factory=Batching)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known already of some rows under PREVIOUS, for all responses [R] in row order."""
+
+    sums: Floats  # [R] nats
+    states: tuple[NDArray[Any], ...] | None = None  # per response [tokens, width]: what the head reads, see `Keep`
+
+    def of(self, responses: Sequence[int]) -> Known:
+        """The same for some of the responses."""
+        return Known(self.sums[list(responses)], self.states and tuple(self.states[index] for index in responses))
+
+
+Keep = Callable[[int, int, NDArray[Any]], None]
+"""Takes (index of prompt, index of answer, states [tokens, width]): what the head read at each sampled token. The
+numbers are in the model's precision; bfloat16, which NumPy lacks, comes as uint16."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a training step holds for its backward pass, in bytes, as measured on one forward of `tokens` tokens."""
+
+    tokens: int  # padding included
+    layers: int
+    layer: int  # kept by one layer
+    checkpointed: int  # kept by one layer that will be made again
+    work: int  # a layer at work in the backward pass, beyond what it kept
+    rest: int  # outside the layers: embedding, masks, the head's gradient and one tile of logits
 
 
 @dataclass(frozen=True)
@@ -108,7 +138,8 @@ class Outcome:
 
 
 class Objective(Protocol):
-    """Maps log-probabilities to a loss. Called once per micro-batch, in row order, without gradients."""
+    """Maps log-probabilities to a loss. Called once per micro-batch, without gradients; the rows of a step come in any
+    order unless it is `sequential`. What it says of them (`Outcome`) is put back into row order by the backend."""
 
     @property
     def reference(self) -> bool:
@@ -239,10 +270,19 @@ class Backend(Protocol):
         ...
 
     def sample(
-        self, prompts: Sequence[Ids], n: int, sampling: Sampling, keys: Sequence[Sequence[bytes]], role: str = POLICY
+        self,
+        prompts: Sequence[Ids],
+        n: int,
+        sampling: Sampling,
+        keys: Sequence[Sequence[bytes]],
+        role: str = POLICY,
+        keep: Keep | None = None,
     ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
         """Yield (index of prompt, its n completions) as they finish. `keys[i][k]` names the random stream of
-        sample k of prompt i (see `spa_lite.keys`); a completion depends on its prompt, key and role alone."""
+        sample k of prompt i (see `spa_lite.keys`); a completion depends on its prompt, key and role alone.
+
+        `keep` is given each answer's hidden states, before the answer is yielded.
+        """
         ...
 
     def logprob(
@@ -256,13 +296,17 @@ class Backend(Protocol):
         ...
 
     def dpo_step(
-        self, rows: Sequence[Row], objective: Objective, learning_rate: float, reference: Floats | None = None
+        self, rows: Sequence[Row], objective: Objective, learning_rate: float, known: Known | None = None
     ) -> StepStats:
         """One optimizer step on the mean loss over rows: policy POLICY, reference PREVIOUS.
 
-        `reference` [responses] are sums under PREVIOUS (nats) that are known already. They save that forward pass
-        where the objective does not extrapolate, and change nothing but rounding.
+        What is `known` of the reference is used as it is. It saves that forward pass where the objective does not
+        extrapolate, or where the states are known too, and changes nothing but rounding.
         """
+        ...
+
+    def activations(self, row: Row) -> Activations | None:
+        """Measure what a training step on this row would hold; None if a backend needs no memory to speak of."""
         ...
 
     def snapshot(self) -> None:

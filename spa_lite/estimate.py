@@ -10,10 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from math import ceil
+from typing import Any, Literal
 
 import numpy as np
 
+from spa_lite.backend import Activations, Backend, Batching
 from spa_lite.recipe import Recipe
 from spa_lite.records import Row
 from spa_lite.shape import Shape
@@ -28,46 +30,94 @@ CHUNK = 256
 
 
 @dataclass(frozen=True)
+class Place:
+    """What a model runs on, as its backend's description says."""
+
+    backend: str
+    device: str
+    dtype: str
+    bits: int
+
+    @classmethod
+    def of(cls, backend: Backend) -> Place:
+        """That of a backend, loaded or only outlined."""
+        used = backend.description
+        return cls(backend.name, str(used["device"]), str(used["dtype"]), int(used["bits"]))
+
+    @property
+    def kind(self) -> Literal["cpu", "apple", "cuda"]:
+        """The kind of device."""
+        return "cpu" if self.device == "cpu" else "cuda" if self.device.startswith("cuda") else "apple"
+
+    @property
+    def habits(self) -> Habits:
+        """Those of PyTorch for backends that are not known."""
+        if self.backend == "mlx":
+            return MLX
+        return {"cpu": TORCH_CPU, "cuda": TORCH_CUDA, "apple": TORCH}[self.kind]
+
+
+@dataclass(frozen=True)
 class Habits:
     """How a framework spends memory. Measured on the Linux CPU; for CUDA, MPS and Metal not yet."""
 
     runtime: int  # Python and its libraries; on CUDA the context
     tile: int  # numbers in a tile of logits
-    copies: float  # of a tile of logits in a training step, when all fit one tile
-    tiled_copies: float  # the same when there are several
+    copies: float  # of a tile, in a training step that extrapolates; half as many in scoring
     read: int  # prompt tokens read at a time
     room: int  # places by which a key-value cache grows
     cache: float = 1.0  # times the size of the cache, when it grows
     slack: float = 1.1  # times what is held at once is what the allocator takes
     heap: bool = False  # arrays of up to 32 MiB lie on glibc's heap
 
+    @property
+    def tile_bytes(self) -> float:
+        """What a full tile takes in a training step."""
+        return 4 * self.copies * self.tile
 
-MLX = Habits(int(0.36 * GIB), 2**23, 9, 25, 2**11, 256, cache=1.5, slack=1.0)
-TORCH = Habits(int(0.42 * GIB), 2**25, 6, 6, 2**40, 64)
+
+MLX = Habits(int(0.36 * GIB), 2**22, 4, 2**11, 256, cache=1.5, slack=1.0)
+TORCH = Habits(int(0.42 * GIB), 2**22, 4, 2**40, 64)
+TORCH_CUDA = replace(TORCH, tile=2**26)
 TORCH_CPU = replace(TORCH, heap=True)
 MAPPED = 2**25
 """glibc gives larger arrays pages of their own, and takes them back at once."""
-HEAP = (2.0, 3.3, 1.4)
+HEAP = (1.4, 2.4, 1.4)
 """Times what is kept, one layer at work, and a tile of logits: what a training step takes of a heap that is in pieces.
-Fitted to training steps of Llamas, a Qwen2 and a GPT-2 of 3 to 48 layers; two other shapes came within 5 %."""
-HEAP_HOLES = 0.7
-"""Share of a layer's work in a forward that the next layer cannot use: what is kept between them is in the way."""
+Fitted to training steps of Llamas of 3 to 30 layers."""
+HOLES = 0.5
+"""Share of what a layer keeps that a checkpointed one leaves as a hole: its input, which is kept, is in the way of the
+next one's work."""
+ARRAYS = 7
+"""What a layer keeps is about so many times its largest array."""
 HEAP_FORWARD = 1.6
-"""The same without gradients."""
-
-
-def habits(backend: str, device: str) -> Habits:
-    """Those of a backend on a device; of PyTorch for backends that are not known."""
-    return MLX if backend == "mlx" else TORCH_CPU if device == "cpu" else TORCH
+"""Times what a layer takes in a forward pass without gradients: what that takes of a heap that is in pieces."""
 
 
 @dataclass(frozen=True)
 class Longest:
-    """The longest texts of a run, in tokens: a prompt, a sampled answer, a labelled pair's prompt with an answer."""
+    """The longest texts of a run, in tokens: a prompt, a sampled answer, a labelled pair's prompt with an answer, and
+    the longest line of such a pair with both (0: not known)."""
 
     prompt: int
     answer: int
     pair: int
+    labelled: int = 0
+
+    @property
+    def single(self) -> int:
+        """A prompt with an answer."""
+        return max(self.prompt + self.answer, self.pair)
+
+    @property
+    def row(self) -> int:
+        """A prompt with two answers on one line, as it is trained on (`tokens_of`)."""
+        sampled = self.prompt + 2 * max(0, self.answer - 1)
+        return max(sampled, self.labelled or 2 * self.pair - self.prompt - 2)
+
+    def part(self, share: int) -> Longest:
+        """Texts that are so many times shorter."""
+        return Longest(*(ceil(size / share) for size in (self.prompt, self.answer, self.pair, self.labelled)))
 
 
 def longest_of(recipe: Recipe, shape: Shape) -> Longest:
@@ -79,10 +129,15 @@ def longest_of(recipe: Recipe, shape: Shape) -> Longest:
 
 
 def longest_of_rows(rows: Sequence[Row]) -> Longest:
-    """Those of rows that are trained on as they are."""
-    answers = [(len(row.prompt), len(answer)) for row in rows for answer in row.responses]
-    prompts, responses = (max((pair[i] for pair in answers), default=1) for i in (0, 1))
-    return Longest(prompts, responses, max((sum(pair) for pair in answers), default=1))
+    """Those of rows that are trained on as they are; nothing is sampled."""
+    prompt = max((len(row.prompt) for row in rows), default=1)
+    pair = max((len(row.prompt) + len(answer) for row in rows for answer in row.responses), default=1)
+    return Longest(prompt, 0, pair, max(map(tokens_of, rows), default=1))
+
+
+def tokens_of(row: Row) -> int:
+    """Tokens of a row on one line; what comes last in a response is predicted, but predicts nothing."""
+    return len(row.prompt) + sum(max(0, len(response) - 1) for response in row.responses)
 
 
 @dataclass(frozen=True)
@@ -93,8 +148,8 @@ class Memory:
     base: int
     adapters: int  # policy, previous, and pi_init where it is an adapter
     optimizer: int  # AdamW's two moments and the gradient
-    activations: int  # of a training micro-batch: what is kept for the backward pass, and one layer at work in it
-    logits: int  # what a tile of logits takes beyond that
+    activations: int  # of a training forward: what is kept for the backward pass, and one layer at work in it
+    logits: int  # a tile of logits
     cache: int  # keys and values of a sampling batch
     decoding: int  # what reading its prompts, or a step's logits, take beyond that
     scoring: int  # a scoring batch
@@ -119,167 +174,162 @@ class Memory:
         return max(self.stages.values())
 
 
-def memory(
-    shape: Shape,
-    recipe: Recipe,
-    *,
-    backend: str,
-    device: str,
-    dtype: str,
-    bits: int,
-    longest: Longest | None = None,
-) -> Memory:
+def memory(shape: Shape, recipe: Recipe, sizes: Batching, place: Place, longest: Longest | None = None) -> Memory:
     """Bytes that a run takes: on CUDA of the GPU's memory, elsewhere of the machine's.
 
-    `device`, `dtype` and `bits` are those of a backend's description. `longest`: of the data, where known.
-    A micro-batch that is not set yet counts as 1: see `micro_batch`.
+    `sizes`: the batch sizes, as `spa_lite.fit` chooses them. `longest`: of the data, where known.
     """
-    way, width = habits(backend, device), WIDTH.get(dtype, 4)
-    longest = longest or longest_of(recipe, shape)
-    case = _Case(shape, recipe, longest, way, backend, device, width)
-    adapter = 4 * shape.adapter(recipe.lora.rank, recipe.lora.targets)
-    activations, logits = case.training()
-    cache, decoding = case.sampling()
+    case = Case(shape, recipe, place, longest or longest_of(recipe, shape))
+    step = held(case.activations, case.together(sizes.micro_tokens), sizes.checkpointed, place)
+    cache, decoding = case.sampling(sizes.sample)
     return Memory(
-        runtime=way.runtime,
-        base=_base_bytes(shape, backend, width, bits),
-        adapters=(3 if recipe.inputs.init_adapter else 2) * adapter,
-        optimizer=(4 if backend == "mlx" else 3) * adapter,
-        activations=int(activations),
-        logits=int(logits),
+        runtime=place.habits.runtime,
+        base=case.base,
+        adapters=case.adapters,
+        optimizer=case.optimizer,
+        activations=max(0, int(step - case.tile)),
+        logits=int(case.tile),
         cache=int(cache),
         decoding=int(decoding),
-        scoring=int(case.scoring()),
+        scoring=int(case.scoring(sizes.score_tokens)),
     )
 
 
+def held(kept: Activations, tokens: int, checkpointed: int, place: Place) -> float:
+    """Bytes that a training step takes at its worst moment for a forward of so many tokens.
+
+    The first layers are the checkpointed ones. When the backward pass comes to them it is done with all others, so one
+    at a time stands in their place.
+    """
+    k, times, way = min(checkpointed, kept.layers), tokens / kept.tokens, place.habits
+    whole = max(kept.layers - k, min(k, 1))
+    tile = min(kept.rest, way.tile_bytes)
+    stays = times * (k * kept.checkpointed + whole * kept.layer + kept.rest - tile)
+    on_heap = way.heap and times * kept.layer < ARRAYS * MAPPED
+    keeps, works, tiles = HEAP if on_heap else (way.slack, way.slack, 1.0)
+    backward = keeps * stays + works * times * kept.work + tiles * min(times * tile, way.tile_bytes)
+    return max(backward, stays + HOLES * k * times * kept.layer) if on_heap else backward
+
+
 @dataclass(frozen=True)
-class _Case:
-    """One model, recipe and framework; each method gives the bytes of one kind of stage."""
+class Case:
+    """One model, recipe and place; each method gives the bytes of something."""
 
     shape: Shape
     recipe: Recipe
+    place: Place
     longest: Longest
-    way: Habits
-    backend: str
-    device: str
-    width: int  # bytes per weight
+
+    @property
+    def width(self) -> int:
+        """Bytes per weight."""
+        return WIDTH.get(self.place.dtype, 4)
 
     @property
     def number(self) -> float:
-        """Bytes per number in activations: in 16 bits the adapters and a part of the work are in float32."""
-        return self.width if self.width != 2 else 3 if self.backend == "mlx" else 3.75
+        """Bytes per number in activations: with MLX in 16 bits the adapters and a part of the work are in float32."""
+        return 3 if self.width == 2 and self.place.backend == "mlx" else self.width
 
     @property
-    def length(self) -> int:
-        """Tokens of the longest sequence that is scored or trained on."""
-        return max(self.longest.prompt + self.longest.answer, self.longest.pair)
+    def base(self) -> int:
+        """The frozen weights. Below 16 bits, groups of 64 share a scale; PyTorch leaves embedding and head alone."""
+        s, bits = self.shape, self.place.bits
+        if bits >= 16:
+            return s.parameters * self.width
+        if self.place.backend == "mlx":
+            return int(s.parameters * (bits / 8 + 2 * self.width / 64))
+        return int(s.body * (bits + 0.127) / 8 + (s.embedding + s.head) * self.width)
 
     @property
-    def answer(self) -> int:
-        """Tokens of the longest response."""
-        return max(self.longest.answer, self.longest.pair - self.longest.prompt)
+    def adapter(self) -> int:
+        """One adapter: float32 everywhere."""
+        return 4 * self.shape.adapter(self.recipe.lora.rank, self.recipe.lora.targets)
 
-    def training(self) -> tuple[float, float]:
-        """Activations of a micro-batch, and what a tile of logits takes beyond them. A pair is two sequences."""
-        s, way, b, r = self.shape, self.way, self.recipe.batching, self.recipe
-        sequences = 2 * min(b.micro or 1, max(r.train.batch_size, r.seed_dpo.batch_size))
-        tokens, numbers = sequences * self.length, sequences * self.answer * s.vocabulary
-        scores = sequences * s.heads * self.length**2
-        if self.backend == "mlx":
-            saved = (5 * s.intermediate + 8 * s.hidden) * tokens + scores
-            kept = 3.5 * s.hidden * tokens if b.gradient_checkpointing else saved
-            layer = 18 * (s.hidden + s.intermediate) * tokens + 3 * scores
+    @property
+    def adapters(self) -> int:
+        """Policy, previous, and pi_init where it is an adapter."""
+        return (3 if self.recipe.inputs.init_adapter else 2) * self.adapter
+
+    @property
+    def optimizer(self) -> int:
+        """AdamW's two moments, and the gradient; MLX adds the micro-batches' gradients up beside it."""
+        return (4 if self.place.backend == "mlx" else 3) * self.adapter
+
+    @property
+    def fixed(self) -> int:
+        """What every stage holds."""
+        return self.place.habits.runtime + self.base + self.adapters
+
+    @property
+    def line(self) -> int:
+        """Tokens that the longest row takes: of one line, or of two where that would be longer than the context."""
+        return self.longest.row if self.longest.row <= self.shape.context else 2 * self.longest.single
+
+    @property
+    def tile(self) -> float:
+        """What a tile of logits takes in a training step."""
+        way, answers = self.place.habits, self.line - self.longest.prompt
+        return min(way.tile_bytes, 4 * way.copies * answers * self.shape.vocabulary)
+
+    def together(self, tokens: int) -> int:
+        """Tokens of a training forward: one row at least, and no more than a step has."""
+        most = max(self.recipe.train.batch_size, self.recipe.seed_dpo.batch_size) * self.line
+        return max(self.line, min(tokens, most))
+
+    @property
+    def activations(self) -> Activations:
+        """What a training step holds for the longest row, as `Backend.activations` would measure it."""
+        s, tokens, mlx = self.shape, self.line, self.place.backend == "mlx"
+        if mlx:
+            scores = s.heads * tokens**2
+            kept = (5 * s.intermediate + 8 * s.hidden) * tokens + scores
+            again, work = 3.5 * s.hidden * tokens, 18 * (s.hidden + s.intermediate) * tokens + 3 * scores
         else:
-            width = 4 * s.hidden + 2 * s.queries + 2 * s.keys + (4 if s.gated else 3) * s.intermediate
-            saved = width * tokens + (scores if self.device == "mps" else 0)
-            kept = s.hidden * tokens if b.gradient_checkpointing else saved
-            layer = (saved if b.gradient_checkpointing else 0) + (2 * s.intermediate + s.hidden) * tokens
-        copies = way.copies if numbers <= way.tile else way.tiled_copies
-        tile = 4 * copies * min(numbers, way.tile)
-        if self.on_heap(tokens):  # where the layers worked before, the logits find no room
-            return self.on_pieces(self.number * kept * s.layers, self.number * layer, tile, tokens)
-        activations = way.slack * self.number * (kept * s.layers + layer)
-        return activations, way.slack * max(0, tile - self.number * layer)
+            norms = (4 if self.width > 2 else 6) * s.hidden  # they work in float32
+            inner = (4 if s.gated else 3) * s.intermediate + self.recipe.lora.rank * len(s.linear)
+            # On the CPU each response attends on its own; elsewhere keys and values are repeated, and masked.
+            attention = 3 * s.queries + 3 * s.keys if self.place.kind == "cpu" else 5 * s.queries + tokens
+            scores = s.heads * tokens**2 if self.place.device == "mps" else 0
+            kept = (norms + attention + inner) * tokens + scores
+            again, work = s.hidden * tokens, kept
+        states = 4 * (tokens - self.longest.prompt) * s.hidden + 2 * tokens * s.hidden
+        return Activations(
+            tokens=tokens,
+            layers=s.layers,
+            layer=int(self.number * kept),
+            checkpointed=int(self.number * again),
+            work=int(self.number * work),
+            rest=int(self.number * states + self.tile),
+        )
 
-    def on_pieces(self, kept: float, layer: float, tile: float, tokens: int) -> tuple[float, float]:
-        """`training` where arrays share glibc's heap. After a checkpointed forward the backend trims that."""
-        mapped = tile >= self.way.copies * MAPPED
-        keeps, works, tiles = HEAP
-        tile *= 1 if mapped else tiles
-        # Mapped tiles come and go, and half of them have gone when the layers' gradients are made.
-        backward = tile / 2 if mapped and self.recipe.batching.gradient_checkpointing else tile
-        holes = HEAP_HOLES * self.forward(self.length) * tokens * self.shape.layers
-        peak = max(kept + holes, kept + tile, keeps * kept + works * layer + backward)
-        return peak - tile, tile
-
-    def sampling(self) -> tuple[float, float]:
+    def sampling(self, prompts: int) -> tuple[float, float]:
         """The cache, and what reading the prompts or the logits of a step take beyond it."""
-        s, n, prompts = self.shape, self.recipe.sampling.n, min(self.recipe.batching.sample, CHUNK)
-        room = -(-(self.longest.prompt + self.longest.answer) // self.way.room) * self.way.room
+        s, n, way = self.shape, self.recipe.sampling.n, self.place.habits
+        prompts = min(prompts, CHUNK)
+        room = -(-(self.longest.prompt + self.longest.answer) // way.room) * way.room
         cache = 2 * s.layers * s.keys * self.width * prompts * n * room
-        reading = min(prompts * self.longest.prompt, max(self.way.read, prompts))
+        reading = min(prompts * self.longest.prompt, max(way.read, prompts))
         step = 4 * 5 * prompts * n * s.vocabulary
         beyond = max(self.forward(self.longest.prompt) * reading - cache * (1 - 1 / n), step)
-        return self.held(self.way.cache * cache, reading), self.held(beyond, reading)
+        return self.without_gradients(way.cache * cache, reading), self.without_gradients(beyond, reading)
 
-    def scoring(self) -> float:
-        """A batch: as many rows together as hold `batching.score` pairs."""
-        s, sequences = self.shape, 2 * self.recipe.batching.score
-        tokens = sequences * self.length
-        at_once = min(tokens, 2**14) if self.backend == "mlx" else tokens
-        tile = 4 * self.way.copies / 3 * min(sequences * self.answer * s.vocabulary, self.way.tile)
-        work = max(self.held(self.forward(self.length) * at_once, at_once), self.way.slack * tile)
-        return work + self.number * s.hidden * tokens
+    def scoring(self, tokens: int) -> float:
+        """A forward of so many tokens without gradients, of one row at least, then the head over its answers."""
+        tokens = max(tokens, self.line)
+        work = max(self.without_gradients(self.forward(self.line) * tokens, tokens), self.tile / 2)
+        return work + self.number * self.shape.hidden * tokens
 
     def forward(self, keys: int) -> float:
         """Bytes per token of a layer without gradients; only MLX's CPU version makes attention scores."""
         s = self.shape
-        scores = 2 * s.heads * keys if self.backend == "mlx" and self.device == "cpu" else 0
+        scores = 2 * s.heads * keys if self.place.backend == "mlx" and self.place.device == "cpu" else 0
         return self.number * (3 * s.intermediate + 4 * s.hidden + s.queries + 2 * s.keys + scores)
 
-    def on_heap(self, tokens: int) -> bool:
-        """Whether the arrays of a forward of so many tokens share glibc's heap."""
-        return self.way.heap and self.number * tokens * self.shape.intermediate < MAPPED
-
-    def held(self, size: float, tokens: int) -> float:
-        """What the process takes to hold so many bytes without gradients."""
-        return size * (HEAP_FORWARD if self.on_heap(tokens) else self.way.slack)
-
-
-def _base_bytes(shape: Shape, backend: str, width: int, bits: int) -> int:
-    """The frozen weights. Below 16 bits, groups of 64 share a scale; PyTorch leaves embedding and head as they are."""
-    if bits >= 16:
-        return shape.parameters * width
-    if backend == "mlx":
-        return int(shape.parameters * (bits / 8 + 2 * width / 64))
-    return int(shape.body * (bits + 0.127) / 8 + (shape.embedding + shape.head) * width)
-
-
-def micro_batch(
-    shape: Shape,
-    recipe: Recipe,
-    free: int,
-    *,
-    backend: str,
-    device: str,
-    dtype: str,
-    bits: int,
-    longest: Longest | None = None,
-    loaded: bool = False,
-) -> int:
-    """Pairs per forward of a training step: the largest power of two whose peak fits into 80 % of `free` bytes.
-
-    At least 1, and not above the pairs of a step. `loaded`: the model was in memory already when `free` was measured.
-    """
-    best = size = 1
-    while size <= max(recipe.train.batch_size, recipe.seed_dpo.batch_size):
-        tried = replace(recipe, batching=replace(recipe.batching, micro=size))
-        need = memory(shape, tried, backend=backend, device=device, dtype=dtype, bits=bits, longest=longest)
-        if need.stages["train"] - (need.runtime + need.base if loaded else 0) > 0.8 * free:
-            break
-        best, size = size, 2 * size
-    return best
+    def without_gradients(self, size: float, tokens: int) -> float:
+        """What the process takes to hold so many bytes in a forward of so many tokens."""
+        way = self.place.habits
+        on_heap = way.heap and self.number * tokens * self.shape.intermediate < MAPPED
+        return size * (HEAP_FORWARD if on_heap else way.slack)
 
 
 # -- time ------------------------------------------------------------------------------------------------------------
@@ -287,6 +337,8 @@ def micro_batch(
 SPEED_SECONDS = 0.3
 EFFICIENCY = 0.5
 """Share of a matrix product's speed that whole stages reach: seven runs on a CPU reached 0.3 to 0.8."""
+RESCORED = {"always": 1.0, "check": 0.02, "never": 0.0}
+"""Share of the sampled answers that the judge scores under the policy again, by `judge.rescore`."""
 
 
 @dataclass(frozen=True)
@@ -311,6 +363,7 @@ class Speed:
 def work(
     shape: Shape,
     recipe: Recipe,
+    sizes: Batching,
     prompts: int,
     pairs: int,
     held_out: int,
@@ -325,37 +378,51 @@ def work(
     per weight. A token costs two FLOP per parameter that it passes, and attention two per layer, width and place.
     """
     longest = longest or longest_of(recipe, shape)
-    sampled, pair = longest.prompt + longest.answer, longest.pair
-    n, read = recipe.sampling.n, shape.parameters * width
-    seed_pairs = 0 if recipe.inputs.no_seed_pairs else pairs * recipe.seed_dpo.epochs
-    trained = prompts * recipe.train.epochs if recipe.rounds else 0
-    again = 1 if recipe.batching.gradient_checkpointing else 0
-    passes = 3 + again  # reference, policy, the gradient of the activations; and the policy once more
+    prompt, answer, n = longest.prompt, longest.answer, recipe.sampling.n
+    read = shape.parameters * width
+    human = max(1, (longest.row - prompt) // 2)  # tokens of an answer of a labelled pair
+    rounds = recipe.rounds > 0
+    again = min(1.0, sizes.checkpointed / shape.layers)
 
-    def forward(sequences: float, length: int, answer: int, batch: int, times: float = 1) -> Work:
-        one = 2 * shape.body * length + 2 * shape.vocabulary * shape.hidden * answer
-        one += 2 * shape.layers * shape.queries * length**2
-        return Work(times * sequences * one, times * read * sequences / max(1, batch))
+    def forward(rows: float, n: int, answer: int, at_once: int, times: float = 1, head: float | None = None) -> Work:
+        """A pass over rows of a prompt with n answers. `head`: how often the head is passed, if not as often."""
+        line = prompt + n * answer
+        body = 2 * shape.body * line + 2 * shape.layers * shape.queries * (
+            prompt**2 + n * answer * (2 * prompt + answer)
+        )
+        heads = 2 * shape.vocabulary * shape.hidden * n * answer
+        flop = rows * (times * body + (times if head is None else head) * heads)
+        return Work(flop, times * read * rows * line / max(line, at_once))
+
+    def training(rows: float, answer: int, reference: float) -> Work:
+        """Policy and the gradient of what flows, some layers once more, and (a share of the steps) the reference."""
+        return forward(rows, 2, answer, sizes.micro_tokens, 2 + again + reference, 2 + reference)
 
     def decode(count: int) -> Work:
-        steps = count / min(max(1, recipe.batching.sample), CHUNK) * longest.answer
-        attention = 4 * shape.layers * shape.queries * (longest.prompt + longest.answer / 2)
-        tokens = count * n * longest.answer
-        reading = forward(count, longest.prompt, 1, recipe.batching.sample)
-        places = 2 * shape.layers * shape.keys * width * (longest.prompt + longest.answer / 2)
+        steps = count / min(max(1, sizes.sample), CHUNK) * answer
+        attention = 4 * shape.layers * shape.queries * (prompt + answer / 2)
+        tokens = count * n * answer
+        reading = forward(count, 1, 0, sizes.sample * prompt)
+        places = 2 * shape.layers * shape.keys * width * (prompt + answer / 2)
         return reading + Work(
             tokens * (2 * (shape.body + shape.vocabulary * shape.hidden) + attention), steps * read + tokens * places
         )
 
-    answer = max(1, pair - longest.prompt)
-    stages = recipe.rounds + 1
+    sampled = prompts if rounds else 0
+    scored = RESCORED[recipe.judge.rescore] + (recipe.judge.reference != "none")
     return {
-        "seed": forward(2 * seed_pairs, pair, answer, 2 * (recipe.batching.micro or 1), passes),
-        "sample": decode(prompts if recipe.rounds else 0),
-        "judge": forward(n * (prompts if recipe.rounds else 0), sampled, longest.answer, 2 * recipe.batching.score, 2),
-        "train": forward(2 * trained, sampled, longest.answer, 2 * (recipe.batching.micro or 1), passes),
-        "measure": forward(2 * held_out, pair, answer, 2 * recipe.batching.score, 2 * stages),
+        "seed": training(0 if recipe.inputs.no_seed_pairs else pairs * recipe.seed_dpo.epochs, human, 1),
+        "sample": decode(sampled),
+        "judge": forward(sampled, n, answer, sizes.score_tokens, scored),
+        "train": training(sampled * recipe.train.epochs, answer, extrapolating(recipe)),
+        "measure": forward(held_out, 2, human, sizes.score_tokens, 2 * (recipe.rounds + 1)),
     }
+
+
+def extrapolating(recipe: Recipe) -> float:
+    """Share of a round's steps that pass the reference: those that extrapolate, unless its states are kept on disk."""
+    r = recipe.refine
+    return 0.0 if not r.alpha or recipe.train.cache_reference else 1 - r.warmup
 
 
 def seconds(done: Work, speed: Speed) -> float:

@@ -182,6 +182,11 @@ def reasons(seen: Trained, recipe: Recipe) -> tuple[str, ...]:
         return ("Not flagged: refinement is off (refine.alpha = 0).",)
     if seen.tau is None and seen.extrapolated is None and seen.step is None:
         return ("Whether it would be flagged is not known: there is no extrapolated margin.",)
+    if seen.tau is None and seen.extrapolated is None and seen.margin is not None:
+        return (
+            f"Not flagged: this was in the warm-up, the first {f.warmup:.0%} of the steps, and before its last steps, "
+            "whose margins fill the window.",
+        )
     if seen.tau is None:
         return (
             f"Not flagged: the window is not full, so nothing is flagged. A threshold needs {f.window} margins, and "

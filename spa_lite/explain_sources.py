@@ -154,7 +154,7 @@ def trained_in(place: Place, recipe: Recipe, judgement: Judgement, notes: list[s
     if not found:
         same = " because its answers are the same tokens" if judgement.a.ids == judgement.b.ids else ""
         return None, f"The pair was not trained on{same}."
-    line, before = lines[found[0]], sum(len(line["ids"]) for line in lines[: found[0]])
+    line, before = lines[found[0]], sum(_margins(line) for line in lines[: found[0]])
     at = line["ids"].index(judgement.id)
     if len(found) > 1:
         notes.append(f"The pair was trained on {len(found)} times; these are the numbers of the first.")
@@ -258,6 +258,11 @@ def explain_pair(
     )
 
 
+def _margins(line: dict[str, Any]) -> int:
+    """How many margins a step put into the window. (Older versions, which logged none, did so in every step.)"""
+    return sum(value is not None for value in line.get("extrapolated_margins", line["ids"]))
+
+
 def _known(z: float | None) -> bool | None:
     return None if z is None else bool(z)
 
@@ -333,7 +338,9 @@ def extrapolated_margins(
     backend.bind(PREVIOUS, reference)
     backend.start_training(Optimizer())
     look = Look(beta, lambda_)
-    return halving(backend, "micro", lambda: backend.dpo_step(rows, look, 0.0)).metrics["extrapolated_margin"]
+    return halving(backend, "micro_tokens", lambda: backend.dpo_step(rows, look, 0.0), rows).metrics[
+        "extrapolated_margin"
+    ]
 
 
 class Look:

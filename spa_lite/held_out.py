@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from spa_lite import intervals, objective
+from spa_lite import intervals, judge, objective
 from spa_lite.backend import POLICY
 from spa_lite.events import Report, silent, ticking
 from spa_lite.intervals import Floats, Interval
@@ -72,9 +72,8 @@ def measure_stages(
     sizes = [[len(ids) for ids in row.responses] for row in rows]
 
     def sums(name: str, adapter: Path | None, other: bool = False) -> Sums:
-        tick = ticking(report, f"{name} pairs", len(rows), "pairs")
-
-        def opened() -> AbstractContextManager[Scorer]:
+        def opened(done: int) -> AbstractContextManager[Scorer]:
+            tick = ticking(report, f"{name} pairs", len(rows), "pairs", done)
             if other:
                 return models.other_scorer(tick)
             models.backend.bind(POLICY, adapter)
@@ -82,7 +81,7 @@ def measure_stages(
 
         whose = models.reference_fingerprint if other else [models.fingerprint, folder_digest(adapter)]
         path = folder / f"{digest([whose, models.made_by, rows])[:16]}.jsonl"
-        return resumed(path, rows, opened, 2 * recipe.batching.score)
+        return resumed(path, rows, opened, judge.Sums)
 
     reference = sums("pi_init", models.init_adapter, models.has_other_reference)
     found: dict[str, PairMeasures] = {}

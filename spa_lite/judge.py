@@ -7,52 +7,79 @@ see the same answers and leave their own numbers and label beside the same log-r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 
 from spa_lite import objective
 from spa_lite.backend import Backend
-from spa_lite.events import Report, silent, ticking
+from spa_lite.events import Report, Tick, silent, ticking, unheard
 from spa_lite.fit import halving
 from spa_lite.journal import Marked
 from spa_lite.opinion import Judge, Opinion
 from spa_lite.recipe import Recipe
-from spa_lite.records import Judgement, Row, Sample, Side
+from spa_lite.records import Judgement, Row, Sample, Score, Side
 
-Scorer = Callable[[Sequence[Row]], list[tuple[float, ...]]]
-"""Rows -> summed log-probability (nats) of each response."""
+T = TypeVar("T")
+Sums = tuple[float, ...]
+"""Summed log-probability (nats) of each response of a row."""
+Tokens = tuple[tuple[float, ...], ...]
+"""The same, token by token."""
+Scorer = Callable[[Sequence[Row]], list[Sums]]
+CHUNK = 256
+"""Rows scored between two writes of a journal. Sums may depend on it (by rounding), so it is the same always."""
 
 
-def scorer(backend: Backend, role: str, tick: Callable[[], None] = lambda: None) -> Scorer:
-    """Score rows under one role of a backend; `tick` is called once per row."""
+def scored(
+    backend: Backend, rows: Sequence[Row], role: str, tick: Tick = unheard, per_token: bool = False
+) -> list[tuple[Score, ...]]:
+    """Scores of rows under a role, in row order; `tick` is called once per row."""
 
-    def once(rows: Sequence[Row]) -> list[tuple[float, ...]]:
-        found: dict[int, tuple[float, ...]] = {}
-        for index, scores in backend.logprob(rows, role):
-            found[index] = tuple(score.logp for score in scores)
-            tick()
-        return [found[index] for index in range(len(rows))]
+    def once() -> dict[int, tuple[Score, ...]]:
+        found: dict[int, tuple[Score, ...]] = {}
+        for index, scores in backend.logprob(rows, role, per_token):
+            found[index] = scores
+            tick(sum(score.tokens for score in scores))
+        return found
 
-    return lambda rows: halving(backend, "score", lambda: once(rows))
+    found = halving(backend, "score_tokens", once, rows)
+    return [found[index] for index in range(len(rows))]
+
+
+def scorer(backend: Backend, role: str, tick: Tick = unheard) -> Scorer:
+    """Score rows under one role of a backend."""
+    return lambda rows: [tuple(score.logp for score in scores) for scores in scored(backend, rows, role, tick)]
+
+
+def token_scorer(backend: Backend, role: str, tick: Tick = unheard) -> Callable[[Sequence[Row]], list[Tokens]]:
+    """The same, token by token."""
+    return lambda rows: [
+        tuple(score.per_token or () for score in scores) for scores in scored(backend, rows, role, tick, per_token=True)
+    ]
 
 
 def resumed(
-    path: Path, rows: Sequence[Row], scorer: Callable[[], AbstractContextManager[Scorer]], size: int
-) -> list[tuple[float, ...]]:
-    """The sums of all rows, `size` rows at a time; those that a journal at `path` holds are not computed again.
+    path: Path,
+    rows: Sequence[Row],
+    scorer: Callable[[int], AbstractContextManager[Callable[[Sequence[Row]], list[T]]]],
+    kind: type[T],
+) -> list[T]:
+    """What is scored of all rows, CHUNK rows at a time; those that a journal at `path` holds are not computed again.
 
-    `scorer` opens what scores, if anything is left to do.
+    `scorer` opens what scores, if anything is left to do, and is told how much is done.
     """
     journal = Marked(path)
-    known = [msgspec.json.decode(line, type=tuple[float, ...]) for line in journal.kept]
-    with scorer() if len(known) < len(rows) else nullcontext(no_reference) as score:
-        for start in range(len(known), len(rows), size):
-            sums = score(rows[start : start + size])
-            journal.append(sums)
-            known += sums
+    known = [msgspec.json.decode(line, type=kind) for line in journal.kept]
+    if len(known) == len(rows):
+        return known
+    with scorer(len(known)) as score:
+        for start in range(len(known), len(rows), CHUNK):
+            found = score(rows[start : start + CHUNK])
+            journal.append(found)
+            known += found
     return known
 
 
@@ -70,7 +97,7 @@ def asked(
     return known
 
 
-def no_reference(rows: Sequence[Row]) -> list[tuple[float, ...]]:
+def no_reference(rows: Sequence[Row]) -> list[Sums]:
     """The reference of `judge.reference=none`: every sum is 0, so the reward is the likelihood."""
     return [(0.0,) * len(row.responses) for row in rows]
 

@@ -23,21 +23,19 @@ from spa_lite import data, encode, files, judges
 from spa_lite.agreement import Tally
 from spa_lite.backend import INIT, POLICY, Backend, Batching
 from spa_lite.errors import RecipeError, RunError
-from spa_lite.events import Event, Report, silent
-from spa_lite.fit import NAME, Remembered, halving
+from spa_lite.events import Event, Report, Tick, silent, unheard
+from spa_lite.fit import NAME, Remembered, sizes_that_fit
 from spa_lite.journal import Spool
-from spa_lite.judge import Scorer, decide, no_reference, rows_of
+from spa_lite.judge import CHUNK, Scorer, decide, no_reference, rows_of, scored
 from spa_lite.judged import Item, Judged
 from spa_lite.judges.controls import Gold
 from spa_lite.models import Models
 from spa_lite.opinion import Judge, Opinion
 from spa_lite.recipe import Recipe, settings_of
-from spa_lite.records import Completion, Row, Sample, Score
+from spa_lite.records import Completion, Row, Sample
 from spa_lite.stages import folder_digest
 from spa_lite.unfinished import finish, unfinished
 
-CHUNK = 256
-"""Records taken together. What comes out may depend on it (by rounding), so it is the same always."""
 TWICE = 16
 """Records at the beginning that are judged once more, each alone, to see how much numbers depend on the batch."""
 ROUNDING = 2.0**-23
@@ -129,8 +127,11 @@ class Job:
         backend = self.models.backend
         if not self._bound:
             self._bound = True
-            if self._sizes:
-                backend.batching = self._sizes.apply(self.recipe, lambda: Batching.micro)
+
+            def fitting() -> Batching:
+                return sizes_that_fit(self.recipe, backend, training=False)
+
+            backend.batching = self._sizes.apply(self.recipe, fitting, training=False) if self._sizes else fitting()
             self.bind(backend)
         return backend
 
@@ -235,7 +236,7 @@ class Job:
             pace = self._pace("judge", parts, progress.tally.records)
             own = Kept(self._scorer(POLICY, pace))
             other = Kept(self._scorer(INIT, pace) if self.wants_reference else no_reference)
-            once = _nothing if self.kind.sums else pace
+            once = unheard if self.kind.sums else pace
         self.judge = judge = self.open((own, other)) if self.kind.sums else self._opened()
         for some in chunks:
             samples = [item.sample for item in some]
@@ -261,25 +262,26 @@ class Job:
         policy = own.sums if self.kind.sums else own(rows) if self.full else nothing
         return policy, other.sums if by == "implicit" else other(rows) if self.full else nothing
 
-    def _scorer(self, role: str, tick: Callable[[], None]) -> Scorer:
+    def _scorer(self, role: str, tick: Tick) -> Scorer:
         def score(rows: Sequence[Row]) -> list[tuple[float, ...]]:
             self.backend()
             return self.models.scorer(role, tick)(rows)
 
         return score
 
-    def _pace(self, stage: str, parts: int, done: int) -> Callable[[], None]:
+    def _pace(self, stage: str, parts: int, done: int) -> Tick:
         """A tick per record and part of it that is done."""
-        ticks = done * parts
+        ticks, useful = done * parts, 0
 
-        def tick() -> None:
-            nonlocal ticks
+        def tick(tokens: int = 0) -> None:
+            nonlocal ticks, useful
             if self._still:
                 return
-            ticks += 1
+            ticks, useful = ticks + 1, useful + tokens
             if ticks % parts == 0:
                 now = ticks // parts
-                self.report(Event(stage, now, self.expected and max(now, self.expected), "pairs"))
+                total = self.expected and max(now, self.expected)
+                self.report(Event(stage, now, total, "pairs", tokens=useful))
 
         return tick
 
@@ -310,7 +312,7 @@ class Job:
 
         backend, rows = self.backend(), rows_of(samples)
         roles = [POLICY, INIT] if self.wants_reference else [POLICY]
-        scores = [_per_token(backend, rows, role) for role in roles]
+        scores = [scored(backend, rows, role, per_token=True) for role in roles]
         found = []
         for index, row in enumerate(rows):
             answers = []
@@ -362,10 +364,10 @@ class Job:
         """All sums under the policy, then all under the other model, in files."""
         self.expected = items.lines
 
-        def policy(tick: Callable[[], None]) -> AbstractContextManager[Scorer]:
+        def policy(tick: Tick) -> AbstractContextManager[Scorer]:
             return nullcontext(self._scorer(POLICY, tick))
 
-        def reference(tick: Callable[[], None]) -> AbstractContextManager[Scorer]:
+        def reference(tick: Tick) -> AbstractContextManager[Scorer]:
             self._bound = False  # the policy leaves the memory, and its roles with it
             return self.models.other_scorer(tick)
 
@@ -376,7 +378,7 @@ class Job:
         self,
         path: Path,
         items: Spool,
-        opened: Callable[[Callable[[], None]], AbstractContextManager[Scorer]],
+        opened: Callable[[Tick], AbstractContextManager[Scorer]],
         fingerprint: Callable[[], str],
     ) -> Path:
         """The sums of all records under one model, and beside them those of the first few, each scored alone.
@@ -404,10 +406,6 @@ class Job:
                 self._still = False
                 alone.append(_encoded(singly), len(singly))
         return path
-
-
-def _per_token(backend: Backend, rows: Sequence[Row], role: str) -> dict[int, tuple[Score, ...]]:
-    return halving(backend, "score", lambda: dict(backend.logprob(rows, role, per_token=True)))
 
 
 class Kept:
@@ -489,7 +487,3 @@ def to_file(job: Job, output: Path, fresh: bool = False, seconds: float = SECOND
 
 def _encoded(records: Sequence[Any]) -> bytes:
     return b"".join(msgspec.json.encode(record) + b"\n" for record in records)
-
-
-def _nothing() -> None:
-    pass

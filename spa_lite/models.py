@@ -10,13 +10,9 @@ from typing import Any
 
 from spa_lite.backend import INIT, Backend
 from spa_lite.errors import ModelError
-from spa_lite.estimate import Longest
-from spa_lite.fit import micro_that_fits
+from spa_lite.events import Tick, unheard
 from spa_lite.judge import Scorer, scorer
-from spa_lite.recipe import Recipe
 from spa_lite.records import Ids, Message, Row
-
-Tick = Callable[[], None]
 
 
 class Models:
@@ -34,7 +30,6 @@ class Models:
         self._backend: Backend | None = None
         self._fingerprint, self._reference_fingerprint = "", ""
         self._made_by: dict[str, Any] = {}
-        self._micro: int | None = None
         self.init_adapter, self.policy_adapter, self.load_classifier = init_adapter, policy_adapter, load_classifier
 
     @property
@@ -50,12 +45,6 @@ class Models:
     def loaded(self) -> Backend | None:
         """The same, if it is in memory now."""
         return self._backend
-
-    def micro(self, recipe: Recipe, longest: Longest) -> int:
-        """Pairs per forward of a training step where the recipe leaves it open: chosen once, so that runs are alike."""
-        if self._micro is None:
-            self._micro = micro_that_fits(recipe, self.backend, longest)
-        return self._micro
 
     @property
     def made_by(self) -> dict[str, Any]:
@@ -84,12 +73,12 @@ class Models:
                 self._reference_fingerprint = other.fingerprint
         return self._reference_fingerprint
 
-    def scorer(self, role: str, tick: Tick = lambda: None) -> Scorer:
+    def scorer(self, role: str, tick: Tick = unheard) -> Scorer:
         """Score rows under a role of whatever model is in memory then."""
         return lambda rows: scorer(self.backend, role, tick)(rows)
 
     @contextmanager
-    def other_scorer(self, tick: Tick = lambda: None) -> Iterator[Scorer]:
+    def other_scorer(self, tick: Tick = unheard) -> Iterator[Scorer]:
         """Score rows under the other model, alone in memory inside the block. Raises ModelError if its vocabulary
         differs."""
         ours = vocabulary(self.backend)

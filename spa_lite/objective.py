@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from spa_lite.backend import Batch, Floats, Outcome
+from spa_lite.backend import Batch, Floats, Outcome, StepStats
 from spa_lite.errors import RecipeError
 
 Rule = Literal["paper", "official"]
@@ -140,7 +140,7 @@ class Dpo:
         slope = refined_slope(m, np.zeros_like(m), 0.0)
         return Outcome(dpo_loss(m), pair_coefficients(slope, self.beta), {"margin": m})
 
-    def end_step(self, skipped: bool = False) -> None:
+    def end_step(self, stats: StepStats) -> None:
         """Nothing to count."""
 
     @property
@@ -152,24 +152,46 @@ class Dpo:
         """Nothing to go back to."""
 
 
+def first_watched(sizes: Sequence[int], window: int, warmup: float) -> int:
+    """The first optimizer step (from 0) whose extrapolated margins can matter; `sizes` are the pairs of each step.
+
+    That is the first of the last warm-up steps that together hold at least `window` pairs: with their margins the
+    window is, when the warm-up is over, what it would be with those of all. Margins that are not finite never enter a
+    window, so with such ones among these pairs it is shorter by as many, and full that much later.
+    """
+    step = next((step for step in range(len(sizes)) if step >= warmup * len(sizes)), len(sizes))
+    if step == len(sizes):
+        return step  # nothing is refined at all
+    while step and window > 0:
+        step -= 1
+        window -= sizes[step]
+    return step
+
+
 class Refined:
     """The refined loss (Eq. 10) with decoupled noise detection (Eq. 11, 12) and warm-up.
 
     The loss uses the policy's margin; only the flag uses the extrapolated one. Rule `paper`: tau is set once
     per optimizer step from earlier steps. Rule `official`: pair by pair. `total_steps` counts optimizer
-    steps; refinement is off while completed steps < warmup * total_steps.
+    steps; refinement is off while completed steps < warmup * total_steps. Before step `first` (see `first_watched`)
+    no margin is extrapolated, or looked at.
     """
 
     reference = True
 
     def __init__(
-        self, beta: float, alpha: float, lambda_: float, window: Window, warmup: float, total_steps: int
+        self,
+        beta: float,
+        alpha: float,
+        lambda_: float,
+        window: Window,
+        warmup: float,
+        total_steps: int,
+        first: int = 0,
     ) -> None:
         self.beta, self.alpha, self.lambda_ = beta, alpha, lambda_
-        self.window, self.warmup, self.total_steps = window, warmup, total_steps
+        self.window, self.warmup, self.total_steps, self.first = window, warmup, total_steps, first
         self.step = 0
-        self._tau = window.tau
-        self._pending: list[float] = []
 
     @property
     def sequential(self) -> bool:
@@ -177,9 +199,14 @@ class Refined:
         return self.window.rule == "official"
 
     @property
+    def watching(self) -> bool:
+        """Whether the margins of this step can matter to a flag, now or later."""
+        return self.alpha > 0 and self.step >= self.first
+
+    @property
     def extrapolation(self) -> float:
-        """lambda of Eq. 11, or 0 where no flag is ever used."""
-        return self.lambda_ if self.alpha > 0 else 0.0
+        """lambda of Eq. 11, or 0 where no flag depends on this step."""
+        return self.lambda_ if self.watching else 0.0
 
     @property
     def active(self) -> bool:
@@ -187,9 +214,9 @@ class Refined:
         return self.alpha > 0 and self.step >= self.warmup * self.total_steps
 
     def __call__(self, batch: Batch) -> Outcome:
-        """Loss and coefficients of a batch of pairs, in data order."""
+        """Loss and coefficients of a batch of pairs: in any order, or (rule `official`) in data order."""
         m = pair_margins(batch, batch.logp, self.beta)
-        simulated = pair_margins(batch, batch.extrapolated, self.beta) if len(batch.extrapolated) else m
+        simulated = self._simulated(batch, m)
         noisy, taus = self._detect(simulated)
         alpha = self.alpha if self.active else 0.0
         return Outcome(
@@ -204,25 +231,30 @@ class Refined:
             },
         )
 
+    def _simulated(self, batch: Batch, margins: Floats) -> Floats:
+        """Extrapolated margins [rows]: the margins themselves where lambda is 0, nan where nobody looks at them."""
+        if len(batch.extrapolated):
+            return pair_margins(batch, batch.extrapolated, self.beta)
+        return margins if self.watching else np.full_like(margins, np.nan)
+
     def _detect(self, simulated: Floats) -> tuple[Floats, Floats]:
         """Flags and the tau each pair was compared with (nan: none). A pair never sees its own margin."""
-        if not self.sequential:
-            self._pending += simulated.tolist()
-            tau = self._tau
-            return self.window.noisy(simulated, tau), np.full_like(simulated, np.nan if tau is None else tau)
         noisy, taus = np.zeros_like(simulated), np.full_like(simulated, np.nan)
-        for i in range(len(simulated)):
-            tau = self.window.tau
-            noisy[i] = self.window.noisy(simulated[i : i + 1], tau)[0]
-            taus[i] = np.nan if tau is None else tau
-            self.window.push(simulated[i : i + 1])
+        if not self.watching:
+            return noisy, taus
+        size = 1 if self.sequential else max(1, len(simulated))
+        for start in range(0, len(simulated), size):
+            some, tau = slice(start, start + size), self.window.tau
+            noisy[some] = self.window.noisy(simulated[some], tau)
+            taus[some] = np.nan if tau is None else tau
+            if self.sequential:
+                self.window.push(simulated[some])
         return noisy, taus
 
-    def end_step(self, skipped: bool = False) -> None:
-        """Count the optimizer step; under rule `paper` its margins enter the window now. A skipped step counts."""
-        self.window.push(self._pending)
-        self._pending = []
-        self._tau = self.window.tau
+    def end_step(self, stats: StepStats) -> None:
+        """Count the optimizer step, skipped or not; under rule `paper` its margins enter the window now."""
+        if self.watching and not self.sequential:
+            self.window.push(stats.metrics["extrapolated_margin"])
         self.step += 1
 
     @property
@@ -235,4 +267,3 @@ class Refined:
         self.step = memory["step"]
         self.window.margins.clear()
         self.window.push(memory["margins"])
-        self._pending, self._tau = [], self.window.tau

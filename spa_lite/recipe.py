@@ -165,6 +165,13 @@ class JudgeSettings:
     identical: Literal["drop", "keep"] = setting(
         "drop", "Pairs of identical answers: drop (and count) or keep.", "judge", flag="--identical"
     )
+    rescore: Literal["always", "check", "never"] = setting(
+        "check",
+        "Sampled log-probs as the judge's numerator: never take them (always), if a re-scored 2 % agree (check), or "
+        "unseen (never).",
+        "judge",
+        flag="--rescore",
+    )
     length_penalty: Nonnegative = setting(
         0.0,
         "Taken off an answer's reward per token (Eq. 13; the paper: 0.001 to 0.01).",
@@ -242,6 +249,13 @@ class Train:
     warmup: Fraction = setting(0.1, "Share of steps with a rising learning rate.", "seed", "train", flag="--warmup")
     weight_decay: Nonnegative = setting(0.0, "AdamW weight decay.", "seed", "train", flag="--weight-decay")
     max_grad_norm: Positive = setting(1.0, "Gradient clipping (global norm).", "seed", "train", flag="--max-grad-norm")
+    cache_reference: bool = setting(
+        False,
+        "Keep the sampler's hidden states on disk: training with extrapolation then needs no reference pass.",
+        "sample",
+        "train",
+        flag="--cache-reference",
+    )
     max_steps: Count | None = setting(
         None, "Stop a training stage after this many steps.", "seed", "train", flag="--max-steps"
     )
@@ -253,12 +267,18 @@ class Train:
 class Batching:
     """Memory and speed only."""
 
-    micro: Count | None = setting(
-        None, "Pairs per forward pass in training; none: as many as fit into free memory.", flag="--micro-batch"
+    micro_tokens: Count | None = setting(
+        None,
+        "Tokens, padding included, per forward pass in training; none: what is fast, if it fits into free memory.",
+        flag="--micro-tokens",
     )
     sample: Count = setting(64, "Prompts decoded together.", flag="--sample-batch")
-    score: Count = setting(32, "Rows scored together.", flag="--score-batch")
-    gradient_checkpointing: bool = setting(False, "Recompute activations to save memory.", flag="--grad-checkpoint")
+    score_tokens: Count | None = setting(None, "The same as micro_tokens, for scoring.", flag="--score-tokens")
+    checkpointed_layers: Natural | None = setting(
+        None,
+        "Layers whose activations are made again in the backward pass; none: as few as memory forces.",
+        flag="--checkpointed-layers",
+    )
 
 
 @dataclass(frozen=True)

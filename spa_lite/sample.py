@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from spa_lite.backend import POLICY, Backend, Sampling
-from spa_lite.events import Report, silent, ticking
+from spa_lite.events import Report, Tick, silent, ticking, unheard
 from spa_lite.fit import halving
 from spa_lite.keys import sample_key
 from spa_lite.recipe import Recipe
 from spa_lite.records import Completion, Ids, Prompt, Sample
+from spa_lite.states import Writer
 
 Encoded = tuple[Prompt, Ids]
 
 
 def chunk_size(recipe: Recipe) -> int:
     """Prompts whose lines are written together: sorting and refilling stay inside, and an interruption costs one."""
-    return 2 * recipe.batching.sample
+    return 4 * recipe.batching.sample
 
 
 def sample(
@@ -29,15 +30,16 @@ def sample(
     n: int | None = None,
     role: str = POLICY,
     skip: int = 0,
+    keep: Writer | None = None,
 ) -> Iterator[list[Sample]]:
     """Yield the samples of a chunk of prompts after the other, in order; `skip` prompts are done already.
 
-    A text depends on (seed, round, prompt id, index) alone.
+    A text depends on (seed, round, prompt id, index) alone. `keep` has written the chunk's hidden states by then.
     """
+    tick = ticking(report, stage, len(prompts), "prompts", skip)
     for start in range(skip, len(prompts), chunk_size(recipe)):
         chunk = prompts[start : start + chunk_size(recipe)]
-        tick = ticking(report, stage, len(prompts), "prompts", start)
-        yield answer(backend, chunk, recipe, round_, n or recipe.sampling.n, role, tick)
+        yield answer(backend, chunk, recipe, round_, n or recipe.sampling.n, role, tick, keep)
 
 
 def answer(
@@ -47,7 +49,8 @@ def answer(
     round_: int,
     n: int,
     role: str = POLICY,
-    tick: Callable[[], None] = lambda: None,
+    tick: Tick = unheard,
+    keep: Writer | None = None,
 ) -> list[Sample]:
     """One Sample with n answers per prompt, in order; `tick` is called once per prompt."""
     sampling = Sampling(recipe.sampling.temp, recipe.sampling.top_p, recipe.sampling.max_tokens)
@@ -55,12 +58,16 @@ def answer(
 
     def once() -> dict[int, tuple[Completion, ...]]:
         found: dict[int, tuple[Completion, ...]] = {}
-        for index, completions in backend.sample([ids for _, ids in prompts], n, sampling, keys, role):
+        if keep:
+            keep.begin(n)
+        for index, completions in backend.sample([ids for _, ids in prompts], n, sampling, keys, role, keep):
             found[index] = tuple(close(c, backend, recipe.sampling.append_eos) for c in completions)
-            tick()
+            tick(sum(len(c.logprobs) for c in completions))
         return found
 
     answers = halving(backend, "sample", once)
+    if keep:
+        keep.end()
     return [
         Sample(id=prompt.id, messages=prompt.messages, prompt_ids=ids, completions=answers[i], extra=prompt.extra)
         for i, (prompt, ids) in enumerate(prompts)

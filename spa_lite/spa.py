@@ -28,7 +28,7 @@ def align(models: Models, recipe: Recipe, data: Data, run: Run, report: Report =
     An interrupted run goes on where it was, and what another run has computed is taken from there.
     """
     with run.locked(recipe):
-        shop = Workshop(models, recipe, data, run, report)
+        shop = Workshop(models, recipe, data, run, run.heard(report))
         return summarise_run(shop, spa(shop))
 
 

@@ -19,25 +19,37 @@ from typing import Any
 import msgspec
 
 from spa_lite import backend as contract
-from spa_lite import evaluate, objective, stop
+from spa_lite import evaluate, objective, rescore, states, stop
 from spa_lite.backend import INIT, POLICY, Backend
 from spa_lite.checkpoint import Checkpoints
 from spa_lite.errors import DataError, ModelError
 from spa_lite.estimate import Longest, longest_of_rows
 from spa_lite.evaluate import GoldRule
-from spa_lite.events import Event, Report, silent, ticking
+from spa_lite.events import Event, Report, Tick, silent, ticking
 from spa_lite.files import lines_of, move, share, write_json
-from spa_lite.fit import Remembered
+from spa_lite.fit import Remembered, sizes_that_fit
 from spa_lite.journal import Journal, Marked
-from spa_lite.judge import Scorer, asked, counts, decide, no_reference, resumed, rows_of
+from spa_lite.judge import (
+    Scorer,
+    Sums,
+    Tokens,
+    asked,
+    counts,
+    decide,
+    no_reference,
+    resumed,
+    rows_of,
+    token_scorer,
+)
 from spa_lite.judges import TABLE, depends, open_judge
 from spa_lite.lint.samples import Findings, Tally
-from spa_lite.models import Models, Tick
+from spa_lite.models import Models
+from spa_lite.opinion import Opinion
 from spa_lite.recipe import Recipe, for_round, settings_of, that_matter
 from spa_lite.records import Completion, Judgement, Pair, Row, Sample
 from spa_lite.sample import Encoded, sample
 from spa_lite.store import Run, Stage, digest
-from spa_lite.train import Example, Plan, TrainObjective, pairs_of, round_plan, seed_plan, train
+from spa_lite.train import Example, Plan, TrainObjective, optimizer_of, pairs_of, round_plan, seed_plan, train
 
 
 @dataclass(frozen=True)
@@ -65,9 +77,11 @@ class Workshop:
 
     def __init__(self, models: Models, recipe: Recipe, data: Data, run: Run, report: Report = silent) -> None:
         self.models, self.recipe, self.data, self.run = models, recipe, data, run
+        states.check(recipe)
         self.summaries: dict[str, dict[str, dict[str, Any]]] = {}
         self.init = Policy(models.init_adapter, digest(["init", folder_digest(models.init_adapter)]))
         self.sizes = Remembered(run.folder, settings_of(recipe.batching))
+        self._sampled: dict[int, Stage] = {}  # per round, where its samples are
         self.stopped: str | None = None  # the round after which a stop rule ended the run
         self._report = report
         run.report = report
@@ -98,8 +112,11 @@ class Workshop:
         prompts = self.data.rounds[i - 1]
 
         def work(part: Path) -> dict[str, Any]:
-            backend = self._bind(policy.adapter)
-            self._answer(backend, part / "samples.jsonl", prompts, i, f"round {i} sample")
+            backend, name = self._bind(policy.adapter), f"round {i} sample"
+            keep = states.wanted(self.recipe, i)
+            if keep and (size := states.room(self.recipe, backend, len(prompts), i, part)):
+                self.report(Event(name, note=size))
+            self._answer(backend, part / "samples.jsonl", prompts, i, name, keep=keep)
             tokens = capped = 0
             seen = Tally()
             for answer in read_samples(part / "samples.jsonl"):
@@ -114,7 +131,9 @@ class Workshop:
             }
 
         inputs = {"policy": policy.key, "prompts": digest(prompts), "round": str(i)}
-        return self._once(self._stage(f"rounds/{i}", "sample", ("samples.jsonl",), inputs, len(prompts)), work)
+        outputs = ("samples.jsonl", states.NAME)
+        self._sampled[i] = self._once(self._stage(f"rounds/{i}", "sample", outputs, inputs, len(prompts)), work)
+        return self._sampled[i]
 
     def judge(self, i: int, samples: Stage, policy: Policy, lagged: Policy | None) -> Stage:
         """Label the answers by the implicit reward of pi_{i-1} against pi_init (or what judge.reference says)."""
@@ -124,20 +143,28 @@ class Workshop:
         def work(part: Path) -> dict[str, Any]:
             self._bind(policy.adapter, lagged)
             pile = list(read_samples(self.run.path(samples, "samples.jsonl")))
-            rows = rows_of(pile)
-            own = self._sums(part / "policy.jsonl", rows, lambda tick: alone(self.models.scorer(POLICY, tick)), name)
-            gold = evaluate.gold_of(self.data.gold) if self.data.gold else None
-            opinions = None
-            if not TABLE[self.recipe.judge.by].sums:  # asked now: a whole other model may take the policy's place
-                loader, replies = self.models.load_classifier, part / "replies"
-                judge = open_judge(self.recipe, self.models, loader, gold=gold, round_=i, cache=replies)
-                opinions = asked(part / "opinions.jsonl", judge, pile, self.report, f"{name} opinions")
+            rows, check = rows_of(pile), rescore.Check(pile, self.recipe, i)
+
+            def sums() -> list[Sums]:
+                self._bind(policy.adapter, lagged)  # another model may have taken its place
+                return self._sums(
+                    part / "policy.jsonl", rows, lambda tick: alone(self.models.scorer(POLICY, tick)), name
+                )
+
+            again = self._values(part / "check.jsonl", [rows[k] for k in check.chosen], f"{name} check")
+            own = sums() if check.sums is None or check.drifts(again) else check.sums
+            opinions = self._asked(part, pile, i, name)
             other = self._sums(part / "reference.jsonl", rows, reference, f"{name} reference")
             if opinions is None:
-                opinions = open_judge(self.recipe, self.models, sums=(lambda _: own, lambda _: other))(pile)
+                few = [other[k] for k in check.chosen]
+                recorded, scored = check.recorded, rescore.sums_of(again)
+                if check.flip(self._labels(check.picked, recorded, few), self._labels(check.picked, scored, few)):
+                    own = sums()
+                opinions = self._labels(pile, own, other)
             judged = [decide(*each, self.recipe) for each in zip(pile, own, other, opinions, strict=True)]
             Journal(part / "judgements.jsonl").append(judged)
-            return counts(judged)
+            self.report(Event(name, note=rescore.sentence(check.to_dict())))
+            return counts(judged) | {"rescore": check.to_dict()}
 
         inputs = {"samples": samples.key, "policy": policy.key, "reference": reference_key, "round": str(i)}
         inputs |= depends(self.recipe)
@@ -148,7 +175,7 @@ class Workshop:
         name = f"round {i} train"
 
         def work(part: Path) -> dict[str, Any]:
-            pairs = pairs_of(read_judgements(self.run.path(judgements, "judgements.jsonl")), self.recipe)
+            pairs = pairs_of(read_judgements(self.run.path(judgements, "judgements.jsonl")), self.recipe, self._kept(i))
             if not pairs:
                 raise DataError(
                     f"round {i}: every pair holds two identical answers, so there is nothing to learn; raise --temp"
@@ -156,10 +183,12 @@ class Workshop:
             backend = self._bind(policy.adapter, training=True)
             plan = round_plan(self.recipe, len(pairs))
             self._say_if_late(plan, i)
-            loss, saved = round_objective(self.recipe, i, plan.steps), self._checkpoints(part, name)
+            loss, saved = round_objective(self.recipe, i, plan), self._checkpoints(part, name)
             return train(backend, pairs, loss, plan, self.recipe, saved, self.report, name, i)
 
         inputs = {"judgements": judgements.key, "policy": policy.key, "round": str(i)}
+        if states.wanted(self.recipe, i):
+            inputs["samples"] = self._sampled[i].key
         stage = self._stage(f"rounds/{i}", "train", ("adapter", "metrics.jsonl"), inputs, judgements.size)
         return self._policy(self._once(stage, work))
 
@@ -216,6 +245,20 @@ class Workshop:
         )
         note = f"refinement {when}: its threshold needs {r.window} margins (refine.window)"
         self.report(Event(f"round {i} train", note=note))
+
+    def _asked(self, part: Path, pile: Sequence[Sample], i: int, name: str) -> list[Opinion] | None:
+        """Opinions of a judge that needs no sums, asked before others are scored: it may be a whole other model, which
+        takes the policy's place. None of one that does."""
+        if TABLE[self.recipe.judge.by].sums:
+            return None
+        gold = evaluate.gold_of(self.data.gold) if self.data.gold else None
+        loader, replies = self.models.load_classifier, part / "replies"
+        judge = open_judge(self.recipe, self.models, loader, gold=gold, round_=i, cache=replies)
+        return asked(part / "opinions.jsonl", judge, pile, self.report, f"{name} opinions")
+
+    def _labels(self, pile: Sequence[Sample], own: Sequence[Sums], other: Sequence[Sums]) -> list[Opinion]:
+        """Opinions of a judge that needs nothing but sums under the policy and the reference."""
+        return open_judge(self.recipe, self.models, sums=(lambda _: list(own), lambda _: list(other)))(pile)
 
     # -- measures ----------------------------------------------------------------------------------------------
 
@@ -305,19 +348,53 @@ class Workshop:
         return Checkpoints(part, t.save_every, t.save_minutes, lambda note: self.report(Event(name, note=note)))
 
     def _answer(
-        self, backend: Backend, path: Path, prompts: Sequence[Encoded], i: int, name: str, n: int | None = None
+        self,
+        backend: Backend,
+        path: Path,
+        prompts: Sequence[Encoded],
+        i: int,
+        name: str,
+        n: int | None = None,
+        keep: bool = False,
     ) -> None:
-        """Write all samples of the prompts to a journal at `path`; those that it holds are not computed again."""
+        """Write all samples of the prompts to a journal at `path`; those that it holds are not computed again. `keep`:
+        their states, too, to a file beside it."""
         journal = Marked(path)
-        for chunk in sample(backend, prompts, self.recipe, i, self.report, name, n, skip=len(journal.kept)):
+        writer = states.Writer(path.with_name(states.NAME), read_samples(path)) if keep else None
+        if writer and not writer.whole:
+            self.report(Event(name, note=f"{writer.path} is damaged or missing, so all is sampled anew"))
+            path.unlink()
+            journal, writer = Marked(path), states.Writer(writer.path, [])
+        for chunk in sample(
+            backend, prompts, self.recipe, i, self.report, name, n, skip=len(journal.kept), keep=writer
+        ):
             journal.append(chunk)
+
+    def _kept(self, i: int) -> states.Reader | None:
+        """The states of round i's samples, if they were kept and are what the judge saw."""
+        if not states.wanted(self.recipe, i):
+            return None
+        judged = self.summaries[f"rounds/{i}"]["judge"]
+        if rescore.drifted(judged["rescore"]):
+            self.report(Event(f"round {i} train", note="the sampler's states are not used: its log-probs drifted"))
+            return None
+        place = self.run.path(self._sampled[i])
+        return states.Reader(place / states.NAME, read_samples(place / "samples.jsonl"))
 
     def _sums(
         self, path: Path, rows: Sequence[Row], scorer: Callable[[Tick], AbstractContextManager[Scorer]], name: str
-    ) -> list[tuple[float, ...]]:
+    ) -> list[Sums]:
         """Sums of all rows under a scorer that is opened for them; a journal at `path` holds what is done already."""
-        tick = ticking(self.report, name, len(rows), "pairs")
-        return resumed(path, rows, lambda: scorer(tick), 2 * self.recipe.batching.score)
+        return resumed(path, rows, lambda done: scorer(ticking(self.report, name, len(rows), "pairs", done)), Sums)
+
+    def _values(self, path: Path, rows: Sequence[Row], name: str) -> list[Tokens]:
+        """The same under the policy, token by token."""
+
+        def opened(done: int) -> AbstractContextManager[Callable[[Sequence[Row]], list[Tokens]]]:
+            tick = ticking(self.report, name, len(rows), "pairs", done)
+            return alone(token_scorer(self.models.backend, POLICY, tick))
+
+        return resumed(path, rows, opened, Tokens)
 
     def _policy(self, stage: Stage) -> Policy:
         return Policy(self.run.path(stage, "adapter"), stage.key)
@@ -326,9 +403,8 @@ class Workshop:
         """Put the roles on the base: pi_init, the policy, and whatever else is asked for."""
         backend = self.models.backend
         backend.batching = self.sizes.apply(
-            self.recipe, lambda: self.models.micro(self.recipe, longest(self.recipe, self.data))
+            self.recipe, lambda: sizes_that_fit(self.recipe, backend, training=False), training=False
         )
-        self.sizes.notice(backend.batching)
         backend.bind(INIT, self.models.init_adapter)
         if adapter or not training:
             backend.bind(POLICY, adapter)
@@ -340,6 +416,9 @@ class Workshop:
             backend.bind("lagged", lagged.adapter)
         if training:
             backend.snapshot()
+            backend.start_training(optimizer_of(self.recipe))
+            most = longest(self.recipe, self.data)
+            backend.batching = self.sizes.apply(self.recipe, lambda: sizes_that_fit(self.recipe, backend, most))
         return backend
 
     def _judge_reference(
@@ -363,13 +442,14 @@ class Workshop:
         return models.other_scorer(tick) if models.has_other_reference else alone(models.scorer(INIT, tick))
 
 
-def round_objective(recipe: Recipe, round_: int, steps: int) -> TrainObjective:
+def round_objective(recipe: Recipe, round_: int, plan: Plan) -> TrainObjective:
     """The refined loss of a round; with alpha = 0 that is plain DPO."""
     r = recipe.refine
     if not r.alpha:
         return objective.Dpo(recipe.loss.beta)
     window = objective.Window(r.rule, r.K, r.window, r.before_full)
-    return objective.Refined(recipe.loss.beta, r.alpha, for_round(recipe, round_), window, r.warmup, steps)
+    first = objective.first_watched(plan.sizes, r.window, r.warmup)
+    return objective.Refined(recipe.loss.beta, r.alpha, for_round(recipe, round_), window, r.warmup, plan.steps, first)
 
 
 def longest(recipe: Recipe, data: Data) -> Longest:
@@ -377,7 +457,7 @@ def longest(recipe: Recipe, data: Data) -> Longest:
     prompts = [len(ids) for share in data.rounds for _, ids in share]
     labelled = longest_of_rows([row for _, row in data.seed_pairs])
     answer = recipe.sampling.max_tokens if prompts else 0
-    return Longest(max([*prompts, labelled.prompt]), answer, labelled.pair)
+    return Longest(max([*prompts, labelled.prompt]), answer, labelled.pair, labelled.labelled)
 
 
 def lora_shape(recipe: Recipe) -> contract.Lora:
@@ -470,6 +550,9 @@ def warnings(rows: Sequence[dict[str, Any]], recipe: Recipe) -> list[str]:
     found, before = [], None
     for i, row in enumerate(rows):
         judged, trained = row.get("judged") or {}, row.get("trained") or {}
+        again = judged.get("rescore") or {}
+        if again.get("checked") and again["why"]:
+            found.append(f"{row['stage']}: {rescore.sentence(again)}")
         lint = (row.get("sampled") or {}).get("lint")
         if lint:
             found += [f"{row['stage']}: {sentence}" for sentence in Findings(**lint).warnings(before)]

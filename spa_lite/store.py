@@ -25,6 +25,7 @@ from spa_lite.files import read_json, write_json
 from spa_lite.library import Library, read_marker
 from spa_lite.lock import locked
 from spa_lite.recipe import Recipe, write_recipe
+from spa_lite.throughput import Pace, Went, rates
 
 VERSION = 3
 """Raised by hand whenever a stage computes something else from the same key."""
@@ -75,6 +76,8 @@ class Run:
         self.keys: dict[str, str] = {}  # title of a stage -> its key
         self.report: Report = silent
         self.meter: Callable[[], int | None] = lambda: None  # the most bytes taken since it was asked last
+        self.floor: Callable[[Stage, str, Went], float | None] = lambda *_: None  # the least seconds of what was done
+        self._pace = Pace(time.perf_counter)
         self._contents: dict[str, str] = {}  # key of a stage -> digest of what came out
         self._make()
 
@@ -115,6 +118,15 @@ class Run:
                 write_recipe(self.folder, recipe)
             yield
             write_recipe(self.folder, recipe)
+
+    def heard(self, report: Report) -> Report:
+        """A report that the run listens to, for the tokens per second of its stages."""
+
+        def hear(event: Event) -> None:
+            self._pace.hear(event)
+            report(event)
+
+        return hear
 
     # -- one stage ---------------------------------------------------------------------------------------------
 
@@ -217,8 +229,10 @@ class Run:
     def _compute(self, stage: Stage, work: Callable[[Path], dict[str, Any]], made_by: dict[str, Any]) -> dict[str, Any]:
         part = self._begin(stage, made_by)
         begun_by = read_json(part / "begun.json")["made_by"]
+        self._pace = Pace(time.perf_counter)
         with measured(part / "spent.json", self.meter) as spent:
             summary = work(part)
+        fast = rates(self._pace, lambda done, went: self.floor(stage, done, went))
         done = {
             "key": stage.key,
             "settings": stage.settings,
@@ -230,7 +244,7 @@ class Run:
             "checksums": files.checksums(part, stage.outputs),
             "summary": summary,
         }
-        write_json(self.path(stage, "timings.json"), self.spent(stage.folder) | {stage.kind: spent})
+        write_json(self.path(stage, "timings.json"), self.spent(stage.folder) | {stage.kind: spent | fast})
         files.sync_tree(part)
         write_json(part / "done.json", done)
         self._publish(stage)
@@ -292,7 +306,8 @@ class Run:
         )
 
     def spent(self, folder: str) -> dict[str, dict[str, float]]:
-        """Seconds, CPU seconds and peak bytes per stage kind, from a file of its own: results stay free of clocks."""
+        """Seconds, CPU seconds, peak bytes and throughput per stage kind, from a file of its own: results stay free of
+        clocks."""
         path = self.folder / folder / "timings.json"
         try:
             return dict(read_json(path)) if path.exists() else {}

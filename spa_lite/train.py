@@ -9,8 +9,9 @@ from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from spa_lite.backend import Backend, Floats, Objective, Optimizer, StepStats
+from spa_lite.backend import Backend, Known, Objective, Optimizer, StepStats
 from spa_lite.checkpoint import Checkpoints
 from spa_lite.errors import TrainingDiverged
 from spa_lite.events import Event, Report, silent
@@ -19,6 +20,7 @@ from spa_lite.interrupt import deferred
 from spa_lite.keys import shuffled
 from spa_lite.recipe import Recipe
 from spa_lite.records import Judgement, Row
+from spa_lite.states import Reader
 
 PATIENCE = 3
 """Non-finite steps in a row that stop a run."""
@@ -27,8 +29,8 @@ PATIENCE = 3
 class TrainObjective(Objective, Protocol):
     """An objective that is told when an optimizer step ends, and remembers things from step to step."""
 
-    def end_step(self, skipped: bool = False) -> None:
-        """Called after each optimizer step."""
+    def end_step(self, stats: StepStats) -> None:
+        """Called after each optimizer step, with what it reported of all its rows, in row order."""
         ...
 
     @property
@@ -43,12 +45,13 @@ class TrainObjective(Objective, Protocol):
 
 @dataclass(frozen=True)
 class Example:
-    """One pair of a training stage. `reference` [2] are the sums of both responses under PREVIOUS where they are
-    known already (the judge's policy is PREVIOUS), in nats."""
+    """One pair of a training stage, and what is known of both responses under PREVIOUS (the judge's policy): sums in
+    nats, and the states that the sampler kept."""
 
     id: str
     row: Row
     reference: tuple[float, float] | None = None
+    states: tuple[NDArray[Any], NDArray[Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,12 @@ class Plan:
         steps = self.epochs * math.ceil(self.rows / self.batch_size)
         return min(steps, self.max_steps) if self.max_steps else steps
 
+    @property
+    def sizes(self) -> list[int]:
+        """Pairs of each optimizer step."""
+        epoch = [min(self.batch_size, self.rows - start) for start in range(0, self.rows, self.batch_size)]
+        return (self.epochs * epoch)[: self.steps]
+
 
 def seed_plan(recipe: Recipe, rows: int) -> Plan:
     """The seed stage: DPO on the human pairs."""
@@ -78,6 +87,11 @@ def round_plan(recipe: Recipe, rows: int) -> Plan:
     """A round: one pass over its own pairs."""
     t = recipe.train
     return Plan(t.epochs, t.batch_size, t.learning_rate, rows, t.max_steps)
+
+
+def optimizer_of(recipe: Recipe) -> Optimizer:
+    """The optimizer of every training stage."""
+    return Optimizer(weight_decay=recipe.train.weight_decay, max_grad_norm=recipe.train.max_grad_norm)
 
 
 def learning_rate(step: int, plan: Plan, recipe: Recipe) -> float:
@@ -102,23 +116,25 @@ def train(
     stage: str = "train",
     round_: int = 0,
 ) -> dict[str, Any]:
-    """Train POLICY on pairs whose chosen answer comes first, from the last checkpoint on. Returns a summary.
+    """Train POLICY, whose training has started, on pairs whose chosen answer comes first, from the last checkpoint on.
+    Returns a summary.
 
     Raises TrainingDiverged after PATIENCE non-finite steps in a row (each of them is skipped and counted). The first
     Ctrl-C ends it after a checkpoint.
     """
-    t = recipe.train
-    backend.start_training(Optimizer(weight_decay=t.weight_decay, max_grad_norm=t.max_grad_norm))
     at, lines = saved.resume(backend)
     if at.step:
         objective.remember(at.objective)
-        report(Event(stage, at.step, plan.steps, "steps", f"going on after step {at.step}"))
+    note = f"going on after step {at.step}" if at.step else ""
+    report(Event(stage, at.step, plan.steps, "steps", note, begins=True))
+    tokens = 0
     with deferred(lambda: report(Event(stage, note="stopping after this step; once more stops at once"))) as stopped:
         for epoch, batch in islice(batches(pairs, plan, recipe, stage, round_), at.step, plan.steps):
             sizes = backend.batching
             rate = learning_rate(at.step, plan, recipe)
             stats = optimizer_step(backend, batch, objective, rate)
-            objective.end_step(stats.skipped)
+            objective.end_step(stats)
+            tokens += stats.tokens
             at.step, at.skipped = at.step + 1, at.skipped + stats.skipped
             at.streak = at.streak + 1 if stats.skipped else 0
             lines.append(step_line(at.step, epoch, rate, [example.id for example in batch], stats))
@@ -128,7 +144,7 @@ def train(
                 at.objective = objective.memory
                 saved.save(backend, at)
             note = f"skipped a non-finite step ({at.skipped} so far)" if at.streak else ""
-            report(Event(stage, at.step, plan.steps, "steps", note, metrics=lines[-1]))
+            report(Event(stage, at.step, plan.steps, "steps", note, metrics=lines[-1], tokens=tokens))
             if at.streak == PATIENCE:
                 raise TrainingDiverged(
                     f"{stage}: loss or gradient was not finite {PATIENCE} steps in a row (step {at.step} of "
@@ -151,20 +167,23 @@ def batches(
 
 
 def optimizer_step(backend: Backend, batch: Sequence[Example], objective: TrainObjective, rate: float) -> StepStats:
-    """One step, with reference sums that are known already; in smaller micro-batches where memory runs out."""
-    before = objective.memory
+    """One step, with what is known of the reference; in smaller micro-batches where memory runs out."""
+    before, rows = objective.memory, [example.row for example in batch]
 
     def step() -> StepStats:
         objective.remember(before)
-        return backend.dpo_step([example.row for example in batch], objective, rate, known_reference(batch))
+        return backend.dpo_step(rows, objective, rate, known_of(batch))
 
-    return halving(backend, "micro", step)
+    return halving(backend, "micro_tokens", step, rows)
 
 
-def known_reference(batch: Sequence[Example]) -> Floats | None:
-    """Reference sums [responses] of a batch, in row order; None unless all are known."""
-    known = [example.reference for example in batch]
-    return np.array([pair for pair in known if pair is not None]).reshape(-1) if None not in known else None
+def known_of(batch: Sequence[Example]) -> Known | None:
+    """What is known of a batch under PREVIOUS, in row order: nothing unless all sums are, no states unless all are."""
+    sums = [value for example in batch for value in example.reference or ()]
+    states = tuple(kept for example in batch for kept in example.states or ())
+    if len(sums) < 2 * len(batch):
+        return None
+    return Known(np.array(sums), states if len(states) == 2 * len(batch) else None)
 
 
 def step_line(step: int, epoch: int, rate: float, ids: Sequence[str], stats: StepStats) -> dict[str, Any]:
@@ -227,12 +246,19 @@ def summarise(lines: Sequence[dict[str, Any]], skipped: int) -> dict[str, Any]:
     }
 
 
-def pairs_of(judgements: Sequence[Judgement], recipe: Recipe) -> list[Example]:
+def pairs_of(judgements: Sequence[Judgement], recipe: Recipe, kept: Reader | None = None) -> list[Example]:
     """Training pairs of judgements; identical answers are dropped if the recipe says so.
 
-    The judge's policy is the DPO reference of the round, so its sums are the reference's.
+    The judge's policy is the DPO reference of the round, so its sums are the reference's. `kept` are the states of the
+    samples that were judged.
     """
-    keep = recipe.judge.identical == "keep"
     return [
-        Example(j.id, j.row, (j.chosen.policy, j.rejected.policy)) for j in judgements if keep or j.a.ids != j.b.ids
+        Example(
+            j.id,
+            j.row,
+            (j.chosen.policy, j.rejected.policy),
+            (kept.of(index, j.chosen.ids), kept.of(index, j.rejected.ids)) if kept else None,
+        )
+        for index, j in enumerate(judgements)
+        if recipe.judge.identical == "keep" or j.a.ids != j.b.ids
     ]

@@ -24,6 +24,7 @@ from spa_lite.backend import (
     Batch,
     Batching,
     Floats,
+    Known,
     Lora,
     ModelSettings,
     Objective,
@@ -33,7 +34,7 @@ from spa_lite.backend import (
 )
 from spa_lite.backends import load
 from spa_lite.errors import BackendError, ModelError, SpaError
-from spa_lite.objective import Dpo
+from spa_lite.objective import Dpo, Refined, Window
 from spa_lite.records import Completion, Ids, Message, Row, Score
 
 QUESTIONS = (
@@ -93,12 +94,12 @@ class Subject:
 
 @dataclass
 class Linear:
-    """An objective whose coefficients are given per response; remembers the batches it saw."""
+    """An objective whose coefficients are given per response; remembers the batches it saw. Sees rows in order."""
 
     coefficients: Sequence[float]
     reference: bool = True
     extrapolation: float = 0.0
-    sequential: bool = False
+    sequential: bool = True
     seen: list[Batch] = field(default_factory=list)
 
     def __call__(self, batch: Batch) -> Outcome:
@@ -119,9 +120,11 @@ class Mixed(Dpo):
         self.seen: list[Batch] = []
 
     def __call__(self, batch: Batch) -> Outcome:
-        """The loss of DPO."""
+        """The loss of DPO; extrapolated sums, if any, as metrics of a row."""
         self.seen.append(batch)
-        return super().__call__(batch)
+        found = super().__call__(batch)
+        sides = {name: batch.extrapolated[i::2] for i, name in enumerate(("mixed_chosen", "mixed_rejected"))}
+        return replace(found, metrics=found.metrics | (sides if self.extrapolation else {}))
 
 
 @dataclass
@@ -291,7 +294,7 @@ class Numerics:
         backend = subject.moved()
         rows = pairs(backend, 8)
         together = sums(backend, rows)
-        assert sums(subject.moved(score=1), rows) == pytest.approx(together, abs=subject.tolerance)
+        assert sums(subject.moved(score_tokens=1), rows) == pytest.approx(together, abs=subject.tolerance)
         alone = [sums(backend, [Row(prompt=row.prompt, responses=(one,))])[0] for row in rows for one in row.responses]
         assert alone == pytest.approx(together, abs=subject.tolerance)
 
@@ -352,39 +355,121 @@ class Numerics:
         assert np.abs(sums(backend, rows, POLICY) - before).min() > 1e-4
 
     def test_micro_batches_change_memory_only(self, subject: Subject) -> None:
+        """Rows are sorted by length inside a step: what is reported is in row order all the same."""
         results = []
-        for micro in (1, 3, 8):
-            backend = subject.moved(micro=micro)
+        for tokens in (1, 150, 10**6):
+            backend = subject.moved(micro_tokens=tokens)
             objective = Mixed(0.5)
             stats = backend.dpo_step(pairs(backend, 8), objective, subject.rate)
-            flat = np.concatenate([batch.extrapolated for batch in objective.seen])
-            results.append((stats.loss, stats.grad_norm, flat, sums(backend, pairs(backend, 8))))
-        for loss, norm, flat, after in results[1:]:
-            assert loss == pytest.approx(results[0][0], abs=1e-5)
-            assert norm == pytest.approx(results[0][1], rel=1e-3)
-            assert flat == pytest.approx(results[0][2], abs=10 * subject.tolerance)
-            assert after == pytest.approx(results[0][3], abs=20 * subject.tolerance)
+            results.append((stats, sums(backend, pairs(backend, 8)), len(objective.seen)))
+        whole, after, once = results[-1]
+        assert [micro for _, _, micro in results][::2] == [8, once]
+        assert once == 1
+        for stats, found, _ in results[:-1]:
+            assert stats.loss == pytest.approx(whole.loss, abs=1e-5)
+            assert stats.grad_norm == pytest.approx(whole.grad_norm, rel=1e-3)
+            assert stats.logp == pytest.approx(whole.logp, abs=subject.tolerance)
+            assert stats.reference == pytest.approx(whole.reference, abs=20 * subject.tolerance)
+            for name, values in whole.metrics.items():
+                assert stats.metrics[name] == pytest.approx(values, abs=10 * subject.tolerance), name
+            assert found == pytest.approx(after, abs=20 * subject.tolerance)
 
-    def test_known_reference_sums_take_the_place_of_a_pass(self, subject: Subject) -> None:
-        """They are used as they are, micro-batch by micro-batch, unless the objective extrapolates."""
+    def test_known_reference_sums_are_used_as_they_are(self, subject: Subject) -> None:
+        """Micro-batch by micro-batch, and whether or not the objective extrapolates."""
         found = []
         for given in ("none", "right", "wrong"):
-            backend = subject.moved(micro=3)
+            backend = subject.moved(micro_tokens=100)
             rows = pairs(backend, 5)
             right = sums(backend, rows, PREVIOUS)
-            known = {"none": None, "right": right, "wrong": right + np.arange(len(right))}[given]
-            objective = Linear([0.1, -0.1] * 5)
-            stats = backend.dpo_step(rows, objective, subject.rate, known)
-            seen = np.concatenate([batch.reference for batch in objective.seen])
-            assert seen == pytest.approx(right if known is None else known, abs=20 * subject.tolerance)
-            assert stats.reference == pytest.approx(seen)
+            known = {"none": None, "right": Known(right), "wrong": Known(right + np.arange(len(right)))}[given]
+            stats = backend.dpo_step(rows, Linear([0.1, -0.1] * 5), subject.rate, known)
+            assert stats.reference == pytest.approx(known.sums if known else right, abs=20 * subject.tolerance)
             found.append((stats.loss, sums(backend, rows)))
         assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
         assert found[0][1] == pytest.approx(found[1][1], abs=20 * subject.tolerance)
+        assert known
+        for extrapolation in (0.0, 0.5):
+            stats = subject.moved(micro_tokens=100).dpo_step(rows, Mixed(extrapolation), subject.rate, known)
+            assert (stats.reference == known.sums).all()
+
+    @pytest.mark.parametrize("extrapolation", [0.0, 0.5])
+    def test_kept_states_give_the_step_that_a_reference_pass_gives(
+        self, subject: Subject, extrapolation: float
+    ) -> None:
+        """What the sampler kept of its answers is what PREVIOUS would compute for them."""
         backend = subject.moved()
-        mixed = Mixed(0.5)
-        backend.dpo_step(rows, mixed, subject.rate, known)
-        assert mixed.seen[0].reference == pytest.approx(right, abs=20 * subject.tolerance)
+        backend.snapshot()
+        asked = prompts(backend)
+        sampling, states = Sampling(temperature=1.0, max_tokens=12), dict[tuple[int, int], Any]()
+        drawn: list[Any] = [None] * len(asked)
+        for index, some in backend.sample(
+            asked, 2, sampling, names(4, 2), PREVIOUS, lambda i, k, h: states.__setitem__((i, k), h.copy())
+        ):
+            assert all((index, k) in states for k in range(2)), "states come before the answer"
+            drawn[index] = some
+        rows = [Row(prompt=ids, responses=tuple(c.ids for c in some)) for ids, some in zip(asked, drawn, strict=True)]
+        kept = tuple(states[index, k] for index in range(len(rows)) for k in range(2))
+        assert [len(h) for h in kept] == [len(ids) for row in rows for ids in row.responses]
+        assert len({h.shape[1:] for h in kept}) == len({h.dtype for h in kept}) == 1
+        known = Known(np.array([math.fsum(c.logprobs) for some in drawn for c in some]), kept)
+        results = []
+        for given in (None, known):
+            backend = subject.moved(micro_tokens=60)
+            backend.snapshot()
+            backend.dpo_step(pairs(backend), Dpo(0.5), subject.rate)  # policy and reference differ
+            stats = backend.dpo_step(rows, Mixed(extrapolation), subject.rate, given)
+            results.append((stats, sums(backend, rows)))
+        (plain, after), (cached, found) = results
+        assert cached.loss == pytest.approx(plain.loss, abs=1e-5)
+        assert cached.grad_norm == pytest.approx(plain.grad_norm, rel=1e-3)
+        for name, values in plain.metrics.items():
+            assert cached.metrics[name] == pytest.approx(values, abs=20 * subject.tolerance), name
+        assert found == pytest.approx(after, abs=20 * subject.tolerance)
+
+    def test_rows_may_have_any_number_of_responses(self, subject: Subject) -> None:
+        """One prompt before several responses scores and pulls as each response behind a prompt of its own does."""
+        backend = subject.moved()
+        talk = conversation(QUESTIONS[0])
+        prompt = backend.tokenizer.encode_prompt(talk)
+        answers = [backend.tokenizer.encode_answer(talk, text) for text in ("one", "two plums", "three songs again")]
+        rows = [Row(prompt=prompt, responses=tuple(answers[:count])) for count in (1, 3, 2)]
+        alone = [Row(prompt=prompt, responses=(answer,)) for row in rows for answer in row.responses]
+        expected = score(backend, alone, per_token=True)
+        found = score(backend, rows, per_token=True)
+        assert [len(several) for several in found] == [1, 3, 2]
+        for one, (other,) in zip([one for several in found for one in several], expected, strict=True):
+            assert one.per_token == pytest.approx(other.per_token, abs=subject.tolerance)
+        weights, results = [1.0, -1.0, 0.5, 2.0, 0.0, 1.0], []
+        for some in (rows, alone):
+            backend = subject.moved()
+            objective = Linear(weights, extrapolation=0.5)
+            stats = backend.dpo_step(some, objective, subject.rate)
+            seen = [np.concatenate([getattr(b, n) for b in objective.seen]) for n in ("logp", "extrapolated")]
+            results.append((stats.grad_norm * len(some), *seen))
+            assert stats.tokens == sum(len(one) for row in rows for one in row.responses)
+            assert not stats.skipped
+        (together, *values), (apart, *others) = results
+        assert together == pytest.approx(apart, rel=1e-3)
+        for left, right in zip(values, others, strict=True):
+            assert left == pytest.approx(right, abs=10 * subject.tolerance)
+
+    @pytest.mark.parametrize("rule", ["paper", "official"])
+    def test_flags_do_not_depend_on_micro_batches(self, subject: Subject, rule: Any) -> None:
+        """Whatever is sorted and forwarded together, thresholds and flags are those of the rows' own order."""
+        results = []
+        for tokens in (1, 10**6):
+            backend = subject.moved(micro_tokens=tokens)
+            loss = Refined(0.5, 0.3, 0.5, Window(rule, 0.4, 4, "zero"), 0.0, 3)
+            found: list[Floats] = []
+            for _ in range(3):
+                stats = backend.dpo_step(pairs(backend, 6), loss, subject.rate)
+                loss.end_step(stats)
+                found += [stats.metrics["noisy"], stats.metrics["softened"]]
+            results.append((np.concatenate(found), list(loss.window.margins)))
+        (flags, margins), (others, those) = results
+        assert (flags == others).all()
+        assert 0 < flags.sum() < len(flags)
+        assert margins == pytest.approx(those, abs=20 * subject.tolerance)
 
     def test_padding_changes_no_gradient(self, subject: Subject) -> None:
         norms = []
@@ -443,21 +528,6 @@ class Bookkeeping:
         backend = subject.fresh()
         assert texts(draw(backend, prompts(backend), names(4, 1), Sampling(max_tokens=0))) == [[((), "cap")]] * 4
 
-    def test_rows_may_have_any_number_of_responses(self, subject: Subject) -> None:
-        backend = subject.moved()
-        talk = conversation(QUESTIONS[0])
-        prompt = backend.tokenizer.encode_prompt(talk)
-        answers = [backend.tokenizer.encode_answer(talk, text) for text in ("one", "two plums", "three songs again")]
-        rows = [Row(prompt=prompt, responses=tuple(answers[:count])) for count in (1, 3, 2)]
-        expected = sums(backend, [Row(prompt=prompt, responses=tuple(answers))])
-        assert [len(several) for several in score(backend, rows)] == [1, 3, 2]
-        assert sums(backend, rows) == pytest.approx([*expected[:1], *expected, *expected[:2]], abs=subject.tolerance)
-        objective = Linear([1.0, -1.0, 0.5, 2.0, 0.0, 1.0])
-        stats = backend.dpo_step(rows, objective, subject.rate)
-        assert np.concatenate([batch.row for batch in objective.seen]).tolist() == [0, 1, 1, 1, 2, 2]
-        assert stats.tokens == sum(len(one) for row in rows for one in row.responses)
-        assert not stats.skipped
-
     def test_what_is_not_asked_for_is_left_empty(self, subject: Subject) -> None:
         backend = subject.moved()
         objective = Linear([1.0, -1.0], reference=False)
@@ -465,7 +535,7 @@ class Bookkeeping:
         assert objective.seen[0].reference.size == objective.seen[0].extrapolated.size == stats.reference.size == 0
 
     def test_the_reported_loss_is_the_objectives(self, subject: Subject) -> None:
-        backend = subject.moved(micro=3)
+        backend = subject.moved(micro_tokens=100)
         rows = pairs(backend, 8)
         expected = sums(backend, rows), sums(backend, rows, PREVIOUS)
         stats = backend.dpo_step(rows, Dpo(0.3), subject.rate)
@@ -532,7 +602,7 @@ class Bookkeeping:
 
     @pytest.mark.parametrize(("loss", "coefficient"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan)])
     def test_a_step_that_is_not_finite_is_skipped(self, subject: Subject, loss: float, coefficient: float) -> None:
-        left, right = subject.moved(), subject.moved(micro=7)
+        left, right = subject.moved(), subject.moved(micro_tokens=10**6)
         rows = pairs(left)
         before = sums(left, rows)
         stats = left.dpo_step(rows, Broken(loss, coefficient), subject.rate)
@@ -574,11 +644,11 @@ class Bookkeeping:
         backend = subject.moved()
         rows, before = pairs(backend), backend.batching
         whole = draw(backend, prompts(backend), names(4, 2), Sampling(1.0, 1.0, 8)), sums(backend, rows)
-        for micro in (1, 3):
-            backend.batching = replace(before, micro=micro, sample=1, score=1, gradient_checkpointing=micro == 1)
+        for tokens, checkpointed in ((1, 1), (10**6, 0)):
+            backend.batching = Batching(1, 1, tokens, checkpointed)
             seen = Mixed(0.0)
             backend.dpo_step(rows, seen, 0.0)
-            assert [int(batch.row[-1]) + 1 for batch in seen.seen] == [1] * 4 if micro == 1 else [3, 1]
+            assert [int(batch.row[-1]) + 1 for batch in seen.seen] == ([1] * 4 if tokens == 1 else [4])
         apart = draw(backend, prompts(backend), names(4, 2), Sampling(1.0, 1.0, 8)), sums(backend, rows)
         backend.batching = before
         assert texts(apart[0]) == texts(whole[0])

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from spa_lite import files
+from spa_lite import files, judge
 from spa_lite.events import Event
 from spa_lite.recipe import Recipe
 from tests.small import run_small, small_recipe, write_data
@@ -27,16 +27,19 @@ BESIDE = {"timings.json", "batching.json", ".lock"}
 """Files that tell of the machine, not of the result."""
 QUICK: dict[str, Any] = {
     "rounds": 1,
-    "batching.sample": 4,
-    "batching.score": 4,
-    "batching.micro": 4,
+    "batching.sample": 2,
+    "batching.score_tokens": 64,
+    "batching.micro_tokens": 64,
     "train.save_every": 2,
+    "train.cache_reference": True,
     "seed_dpo.epochs": 1,
     "refine.window": 4,
     "lengths.max_prompt_length": 100,
     "lengths.max_length": 200,
 }
-"""Small chunks and many checkpoints."""
+"""Small chunks, many checkpoints, and a file of states."""
+CHUNK = 4
+"""Rows that a journal of sums takes at a time, to be set where these runs are made."""
 
 
 class Instants:
@@ -119,6 +122,7 @@ def main() -> None:
     """Count, kill, go on, compare."""
     folder, kind, points = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     recipe = recipe_of(kind, folder, json.loads(sys.argv[4]) if len(sys.argv) > 4 else {})
+    judge.CHUNK = CHUNK
     os.fsync = lambda fd: None  # SIGKILL leaves the system's own buffers alone
     counted = folder / "instants.json"
 

@@ -149,21 +149,23 @@ def test_what_does_not_fit_is_counted() -> None:
 
 def test_memory_that_runs_out_makes_batches_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = toy()
-    backend.batching = Batching(sample=4, score=4)
-    expected = LocalModel(backend, POLICY, "toy").preferences([turn("a")], ("A", "B"))
-    for verb, size in (("logprob", "score"), ("sample", "sample")):
+    backend.batching = Batching(sample=4, score_tokens=64)
+    talks = [turn(text) for text in "abcd"]
+    expected = LocalModel(backend, POLICY, "toy").preferences(talks, ("A", "B"))
+    for verb, size, most in (("logprob", "score_tokens", 20), ("sample", "sample", 1)):
         real = getattr(backend, verb)
 
-        def short(*args: Any, _real: Any = real, _size: str = size) -> Any:
-            if getattr(backend.batching, _size) > 1:
+        def short(*args: Any, _real: Any = real, _size: str = size, _most: int = most) -> Any:
+            if getattr(backend.batching, _size) > _most:
                 raise OutOfMemory("too many")
             return _real(*args)
 
         monkeypatch.setattr(backend, verb, short)
     model = LocalModel(backend, POLICY, "toy")
-    assert model.preferences([turn("a")], ("A", "B")) == expected
+    assert model.preferences(talks, ("A", "B")) == expected
     assert len(model.replies([turn("a")], 3)) == 1
-    assert (backend.batching.score, backend.batching.sample) == (1, 1)
+    assert backend.batching.score_tokens <= 20
+    assert backend.batching.sample == 1
 
 
 def test_the_key_of_a_local_model() -> None:

@@ -76,7 +76,8 @@ def test_a_changed_setting_gets_a_new_folder(here: Path, capfd: pytest.CaptureFi
     call(capfd, *RUN)
     call(capfd, *RUN, "--beta", "0.2")
     assert len(list((here / "runs").iterdir())) == 2
-    call(capfd, *RUN, "--save-every", "3", "--score-batch", "2")  # what changes no result names no folder
+    code, _, _ = call(capfd, *RUN, "--save-every", "3", "--score-tokens", "90")
+    assert code == 0, "what changes no result names no folder"
     assert len(list((here / "runs").iterdir())) == 2
     call(capfd, *RUN, "--out", "mine")
     code, _, err = call(capfd, *RUN, "--out", "mine", "--beta", "0.2")

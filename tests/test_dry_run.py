@@ -63,7 +63,7 @@ def test_every_setting_and_where_it_came_from(here: Path, capfd: pytest.CaptureF
     assert re.search(r"^sampling\.max_tokens +48 +scale lesson$", out, re.M)
     assert re.search(r"│ train +│.* │ rounds/1 train +│ to compute +│ +4 │", out.replace("\n", " "))
     assert "1.3 M parameters" in out
-    assert "micro-batch 16" in out
+    assert "tokens per forward: training 2,048, scoring 4,096; 0 layers checkpointed; 128 prompts" in out
     assert not list(here.iterdir())
 
 
@@ -95,8 +95,10 @@ def test_a_config_is_enough(here: Path, capfd: pytest.CaptureFixture[str]) -> No
     assert "without weights" in err
     assert "time on this CPU for 100 pairs and 1000 prompts: about" in out
     found = {name: numbers(out, name) for name in ("CUDA, bfloat16", "CUDA, 4 bits", "Apple GPU, 4 bits")}
-    assert 16 < min(found["CUDA, bfloat16"]) < max(found["CUDA, bfloat16"]) < 32
-    assert 4 < min(found["CUDA, 4 bits"]) < max(found["CUDA, 4 bits"]) < 16
+    for train, checkpointed, *_ in found.values():
+        assert train > checkpointed + 3
+    assert 16 < min(found["CUDA, bfloat16"][1:]) < max(found["CUDA, bfloat16"][1:]) < 32
+    assert 4 < min(found["CUDA, 4 bits"][1:]) < max(found["CUDA, 4 bits"][1:]) < 16
     assert not (here / "runs").exists()
 
 
@@ -106,23 +108,46 @@ def numbers(out: str, row: str) -> list[float]:
     return [float(n) for n in re.findall(r"\d+\.\d+", line)]
 
 
-def test_limits_and_batches_change_the_estimate(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Each of them is read."""
+def test_limits_and_batches_change_the_estimate(
+    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them is read; and what is free decides where they are left open."""
     (here / "big").mkdir()
     (here / "big/config.json").write_text(json.dumps(BIG))
+    words = ["run", "--model", "big", "--backend", "torch", "--device", "cpu", "--dry-run"]
 
     def peaks(*more: str) -> list[float]:
-        words = ["run", "--model", "big", "--backend", "torch", "--device", "cpu", "--micro-batch", "1", *more]
-        out, _ = call(capfd, *words, "--dry-run")
+        out, _ = call(capfd, *words, "--micro-tokens", "1", "--score-tokens", "1", "--checkpointed-layers", "0", *more)
         return [numbers(out, f"│ {stage} ")[-1] for stage in ("train", "sample", "judge")]
 
     plain = peaks()
-    assert peaks("--micro-batch", "8")[0] > plain[0]
+    assert peaks("--micro-tokens", "8192")[0] > plain[0]
     assert peaks("--sample-batch", "64")[1] > plain[1]
-    assert peaks("--score-batch", "64")[2] > plain[2]
-    assert peaks("--no-grad-checkpoint")[0] > plain[0]
+    assert peaks("--score-tokens", "8192")[2] > plain[2]
+    assert peaks("--checkpointed-layers", "4")[0] < plain[0]
     assert peaks("--lora-rank", "256")[0] > plain[0]
     assert peaks("--max-tokens", "20")[1] < plain[1]
+
+    def sizes(gigabytes: int) -> list[int]:
+        monkeypatch.setattr("spa_lite.backends.memory.free", lambda: gigabytes * 10**9)
+        out, _ = call(capfd, *words)
+        (line,) = re.findall(r"training ([\d,]+), scoring ([\d,]+); (\d+) layers", " ".join(out.split()))
+        return [int(number.replace(",", "")) for number in line]
+
+    assert sizes(400) == [2048, 4096, 0]
+    little, least = sizes(50), sizes(44)
+    assert little[0] < 2048
+    assert 0 < little[2] < least[2]
+
+
+def test_the_size_of_kept_states_is_told(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """If they are asked for: 1,000 prompts, two answers of 100 tokens, 4,096 numbers of two bytes each."""
+    (here / "big").mkdir()
+    (here / "big/config.json").write_text(json.dumps(BIG))
+    words = ["run", "--model", "big", "--backend", "torch", "--device", "cpu", "--dtype", "bfloat16", "--dry-run"]
+    out, _ = call(capfd, *words, "--max-tokens", "100", "--cache-reference")
+    assert "for 1000 prompts: at most 1.64 GB (--cache-reference)" in out
+    assert "--cache-reference" not in call(capfd, *words)[0]
 
 
 WRONG: list[tuple[list[str], str]] = [
@@ -139,22 +164,24 @@ def test_what_is_wrong_is_said(here: Path, capfd: pytest.CaptureFixture[str], wo
     assert sentence in err
 
 
-def test_the_micro_batch_fits_the_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chosen once, by estimate, and remembered in the run folder; a number of the user's is taken as it is."""
+def test_training_fits_the_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen once, from what a step on one row keeps, and remembered in the run folder; the user's own are taken."""
     from tests.crash import recipe_of
     from tests.small import run_small
 
     make_model(tmp_path / "model")
 
-    def used(name: str, free: int, **changes: Any) -> int:
+    def used(name: str, free: int, **changes: Any) -> tuple[int, int]:
         monkeypatch.setattr("spa_lite.backends.memory.free", lambda: free)
-        recipe = recipe_of(
-            f"torch:{tmp_path / 'model'}", tmp_path, {"batching.micro": None, "train.max_steps": 1, **changes}
-        )
+        open_ = {"batching.micro_tokens": None, "train.max_steps": 1}
+        recipe = recipe_of(f"torch:{tmp_path / 'model'}", tmp_path, open_ | changes)
         run_small(tmp_path / name, recipe)
-        return int(json.loads((tmp_path / name / "batching.json").read_text())["used"]["micro"])
+        kept = json.loads((tmp_path / name / "batching.json").read_text())["used"]
+        return kept["micro_tokens"], kept["checkpointed"]
 
-    assert used("much", 2**40) == 8  # the pairs of a step in the seed stage
-    assert used("little", 1) == 1
-    assert used("much", 1) == 8, "a run goes on as it began"
-    assert used("asked", 1, **{"batching.micro": 4}) == 4
+    assert used("much", 2**40) == (2048, 0)
+    tokens, layers = used("little", 1)
+    assert tokens < 2048
+    assert layers > 0
+    assert used("much", 1) == (2048, 0), "a run goes on as it began"
+    assert used("asked", 1, **{"batching.micro_tokens": 40, "batching.checkpointed_layers": 0}) == (40, 0)

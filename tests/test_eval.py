@@ -301,10 +301,10 @@ def test_interrupted_and_gone_on(
     assert not (here / "parts/eval.json").exists()
     stop_at = -1
     parts = result(capfd, here / "parts", *small)
-    assert len(sampled) == 14 + 20 - 12, "two prompts are written at a time"
+    assert len(sampled) == 14 + 20 - 10, "of ten prompts on either side, four are written at a time"
     assert parts == whole
     assert result(capfd, here / "parts", *small) == whole
-    assert len(sampled) == 22, "nothing is answered again"
+    assert len(sampled) == 24, "nothing is answered again"
 
 
 CHANGES = [

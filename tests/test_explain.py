@@ -309,6 +309,9 @@ def test_reasons_of_the_warm_up() -> None:
     seen = Trained(margin=-1.0, extrapolated=-1.5, tau=-1.0, window=8, softened=False, step=2, steps=20)
     assert noisy(seen, recipe) == 1.0
     assert "warm-up (the first 20% of the steps)" in reasons(seen, recipe)[1]
+    early = Trained(margin=-1.0, extrapolated=None, tau=None, window=0, softened=False, step=1, steps=20)
+    assert noisy(early, recipe) == 0.0
+    assert "in the warm-up, the first 20% of the steps, and before its last steps" in reasons(early, recipe)[0]
 
 
 # -- on paper and on the screen -------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def job(path: Path, load: Any = backends.load, **changes: Any) -> Job:
     """Judging a file on the toy. Changes with a dot are settings, but for `seed` others are fields of the job."""
     fields = {name: changes.pop(name) for name in list(changes) if "." not in name and name != "seed"}
     base = {"judge.reference": "none"} if "inputs.init_model" not in changes else {}
-    recipe = small_recipe({}, {"inputs.skip_bad": True, "batching.score": 3} | base | changes)
+    recipe = small_recipe({}, {"inputs.skip_bad": True, "batching.score_tokens": 60} | base | changes)
 
     def bind(backend: Backend) -> None:
         backend.bind(INIT, None)
@@ -412,7 +412,7 @@ def test_a_changed_reference_is_refused(here: Path) -> None:
 def test_speed_may_change_on_the_way(here: Path) -> None:
     """A smaller batch for the rest is no other judgement."""
     work = stopped(here)
-    work.recipe = small_recipe({}, {"inputs.skip_bad": True, "batching.score": 1, "judge.reference": "none"})
+    work.recipe = small_recipe({}, {"inputs.skip_bad": True, "batching.score_tokens": 1, "judge.reference": "none"})
     assert to_file(work, here / "out.jsonl").tally.records == 50
 
 

@@ -111,8 +111,8 @@ def test_judge_on_a_fresh_machine(tmp_path: Path) -> None:
 
 
 def test_the_method_from_python(tmp_path: Path) -> None:
-    """An adapter of a finished run judges as it did when it was trained."""
-    done = spa_lite("run", *TINY, "--rounds", "1", "--out", "run", "--no-report", cwd=tmp_path)
+    """An adapter of a finished run judges as it did when it was trained, where the run scored all answers, too."""
+    done = spa_lite("run", *TINY, "--rounds", "1", "--rescore", "always", "--out", "run", "--no-report", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     samples = tmp_path / "run/rounds/1/samples.jsonl"
     adapter = str(tmp_path / "run/rounds/0/adapter")

@@ -14,7 +14,10 @@ from spa_lite import backends
 from spa_lite.backend import INIT, POLICY, Backend, ModelSettings, Sampling
 from spa_lite.backends import memory
 from spa_lite.errors import OutOfMemory
+from spa_lite.estimate import Case, Place, longest_of_rows, tokens_of
 from spa_lite.objective import Dpo
+from spa_lite.recipe import build
+from spa_lite.records import Row
 from tests.contract import LORA, OPTIMIZER, draw, names, pairs, prompts, sums
 from tests.tiny import make_model
 
@@ -66,8 +69,9 @@ def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def ready(backend: Backend) -> Backend:
-    """The same with a policy in training, one step away from PREVIOUS."""
-    backend.batching = replace(backend.batching, micro=2, sample=4, score=2)
+    """The same with a policy in training, one step away from PREVIOUS; two pairs of four at a time."""
+    two = 2 * max(map(tokens_of, pairs(backend)))
+    backend.batching = replace(backend.batching, micro_tokens=two, sample=4, score_tokens=two)
     backend.bind(POLICY, None, LORA)
     backend.snapshot()
     backend.start_training(OPTIMIZER)
@@ -102,7 +106,7 @@ def test_a_step_that_runs_out_leaves_no_trace(
     before, expected = state(backend, tmp_path / "a"), sums(backend, pairs(backend))
     with monkeypatch.context() as patch:
         patch.setattr(backend._training, "_accumulate", failing(after, backend._training._accumulate))
-        with pytest.raises(OutOfMemory, match=r"2 pairs were trained on together: lower --micro-batch"):
+        with pytest.raises(OutOfMemory, match=r"\d+ tokens were trained on together: lower --micro-tokens"):
             backend.dpo_step(pairs(backend), Dpo(0.5), 1e-2)
     assert state(backend, tmp_path / "b") == before
     np.testing.assert_array_equal(sums(backend, pairs(backend)), expected)
@@ -127,7 +131,7 @@ def test_a_move_that_runs_out_half_way_is_undone(backend: Any, tmp_path: Path, m
 
 def same_step(backend: Any, before: dict[str, bytes], folder: Path) -> bool:
     """Whether the next step, with other micro-batches, is the one a restored backend takes."""
-    backend.batching = replace(backend.batching, micro=1)
+    backend.batching = replace(backend.batching, micro_tokens=1)
     backend.dpo_step(pairs(backend), Dpo(0.5), 1e-2)
     after = state(backend, folder / "after")
     (folder / "again").mkdir()
@@ -157,7 +161,7 @@ def test_scoring_that_runs_out_can_be_tried_again(backend: Any, monkeypatch: pyt
     expected = sums(backend, pairs(backend))
     with monkeypatch.context() as patch:
         patch.setattr(backend, "_token_logprobs", failing(1, backend._token_logprobs))
-        with pytest.raises(OutOfMemory, match=r"2 rows were scored together: lower --score-batch"):
+        with pytest.raises(OutOfMemory, match=r"2 rows were scored together: lower --score-tokens"):
             sums(backend, pairs(backend))
     np.testing.assert_array_equal(sums(backend, pairs(backend)), expected)
 
@@ -176,6 +180,33 @@ def test_a_real_allocation_that_is_too_large_is_out_of_memory(backend: Any, monk
         pytest.skip("MLX on the CPU ends the process")
     import torch
 
-    monkeypatch.setattr(backend, "_token_logprobs", lambda packed: torch.empty(2**60, dtype=torch.uint8))
+    monkeypatch.setattr(backend, "_token_logprobs", lambda rows: torch.empty(2**60, dtype=torch.uint8))
     with pytest.raises(OutOfMemory):
         sums(backend, pairs(backend))
+
+
+def test_what_a_step_keeps_is_measured_without_a_trace(backend: Any, tmp_path: Path) -> None:
+    """A row of twice the length keeps more, and nothing is different afterwards."""
+    ready(backend)
+    before = state(backend, tmp_path / "a")
+    short, long = (Row(prompt=(5,) * n, responses=((6,) * n, (7,) * n)) for n in (20, 40))
+    one, two = backend.activations(short), backend.activations(long)
+    assert one.layers == two.layers == backend.shape.layers
+    assert (one.tokens, two.tokens) >= (tokens_of(short), tokens_of(long))
+    assert 1.5 * one.layer < two.layer
+    assert 0 < one.checkpointed < one.layer
+    assert state(backend, tmp_path / "b") == before
+
+
+def test_the_formula_says_what_is_measured(backend: Any) -> None:
+    """Of one layer of a small Llama, within a fifth."""
+    if backend.name != "torch":
+        pytest.skip("MLX tells peaks, of which a small model's are not made of layers")
+    ready(backend)
+    row = Row(prompt=(5,) * 60, responses=((6,) * 31, (7,) * 31))
+    recipe = build({"test": {"lora.rank": LORA.rank}})[0]
+    case = Case(backend.shape, recipe, Place.of(backend), longest_of_rows([row]))
+    kept, said = backend.activations(row), case.activations
+    assert said.tokens == kept.tokens == 120
+    assert said.layer == pytest.approx(kept.layer, rel=0.2)
+    assert said.checkpointed == kept.checkpointed

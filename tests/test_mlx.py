@@ -29,7 +29,7 @@ from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 from spa_lite import keys
 from spa_lite.backend import INIT, POLICY, PREVIOUS, Batch, Batching, Lora, ModelSettings, Optimizer, Outcome, Sampling
-from spa_lite.backends import mlx_checks, mlx_device, mlx_sampling, mlx_scoring, mlx_training
+from spa_lite.backends import mlx_checks, mlx_device, mlx_head, mlx_sampling, mlx_scoring, mlx_training
 from spa_lite.backends.decoding import CDF_BLOCK
 from spa_lite.backends.mlx import MlxBackend
 from spa_lite.backends.packing import pack
@@ -168,7 +168,7 @@ def test_likely_tokens_keep_their_digits(vocabulary: int, likely: float) -> None
     exact = logits.astype(np.float64)
     expected = exact[lines, top] - np.log(np.exp(exact).sum(1))
     with mx.stream(mx.cpu):
-        ours = mlx_scoring.to_numpy(mlx_scoring.token_logprobs(mx.array(logits), mx.array(top)))
+        ours = mlx_scoring.to_numpy(mlx_head.token_logprobs(mx.array(logits), mx.array(top)))
         theirs = np.array(mx.array(logits[lines, top]) - mx.logsumexp(mx.array(logits), axis=-1), dtype=np.float64)
     assert abs((ours - expected).mean()) < 3e-7
     assert abs((theirs - expected).mean()) > 1e-6, "if not, mx.logsumexp would do"
@@ -205,7 +205,7 @@ def test_every_way_to_share_a_batch_gives_the_same_text(backend: MlxBackend, mon
         monkeypatch.setattr(backend, "_way", way)
         assert texts(draw(backend, asked, key, sampling)) == expected
         assert backend.description["prompts_share_a_batch"] == way
-        assert [len({len(asked[i]) for i in group}) for group in backend._groups(asked)] == [1, 1, 1]
+        assert [len({len(asked[i]) for i in group}) for group in backend._groups(asked, sampling)] == [1, 1, 1]
 
 
 def test_a_cache_that_does_not_work_is_noticed(backend: MlxBackend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,16 +280,14 @@ def seen(backend: MlxBackend) -> tuple[Any, Any, Any]:
 
 
 def test_tiles_and_checkpointing_change_memory_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpointing = Batching(gradient_checkpointing=True)
+    checkpointing = Batching(checkpointed=1)
     plain = seen(moved(folder))
     found = [seen(moved(folder, batching=checkpointing)), seen(moved(folder, batching=checkpointing))]
     found.append(seen(moved(folder)))  # the blocks' class is patched for good by now, but switched off
-    monkeypatch.setattr(mlx_scoring, "TILE_NUMBERS", 1)  # the smallest tiles: 16 positions
+    monkeypatch.setitem(mlx_head.TILE_NUMBERS, "cpu", 1)  # the smallest tiles: 16 positions
     monkeypatch.setattr(mlx_scoring, "FORWARD", 40)
     tiled = moved(folder)
-    assert (
-        len(list(mlx_scoring.tiles(sum(len(one) for row in pairs(tiled, 8) for one in row.responses), tiled.net))) > 3
-    )
+    assert len(list(mlx_head.tiles(sum(len(one) for row in pairs(tiled, 8) for one in row.responses), tiled.net))) > 3
     found += [seen(tiled), seen(moved(folder, batching=checkpointing))]
     for loss, norm, after in found:
         assert loss == pytest.approx(plain[0], abs=1e-5)
@@ -316,7 +314,7 @@ def test_tiles_save_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         return peak(lambda: sums(backend, rows)), peak(lambda: backend.dpo_step(rows, Mixed(0.5), 1e-3))
 
     whole = peaks()
-    monkeypatch.setattr(mlx_scoring, "TILE_NUMBERS", 2**17)
+    monkeypatch.setitem(mlx_head.TILE_NUMBERS, "cpu", 2**16)
     tiled = peaks()
     assert tiled[0] < whole[0] / 3
     assert tiled[1] < whole[1] / 4
@@ -326,12 +324,12 @@ def test_checkpointing_saves_memory(tmp_path: Path) -> None:
     make_model(tmp_path, "smollm2", num_hidden_layers=8, **NARROW)
     ids = tuple(int(token) for token in np.random.default_rng(0).integers(6, 300, 120))
     rows = [Row(prompt=ids[:10], responses=(ids[10:], ids[:10:-1]))] * 2
-    plain, again = (moved(tmp_path, 0, batching=Batching(gradient_checkpointing=wanted)) for wanted in (False, True))
+    plain, again = (moved(tmp_path, 0, batching=Batching(checkpointed=layers)) for layers in (0, 8))
     assert peak(lambda: again.dpo_step(rows, Dpo(0.5), 1e-3)) < peak(lambda: plain.dpo_step(rows, Dpo(0.5), 1e-3)) / 1.5
 
 
 def test_checkpointing_makes_the_blocks_again(folder: Path) -> None:
-    """Once per class, however often it is asked for; and not at all for a backend that does not ask."""
+    """As many as are asked for, however often; and none for a backend that does not ask."""
     calls = []
 
     class Counted(nn.Module):  # type: ignore[misc]  # what is skipped is Any
@@ -346,22 +344,23 @@ def test_checkpointing_makes_the_blocks_again(folder: Path) -> None:
     class Model:
         layers = (Counted(), Counted())
 
-    def gradient(wanted: bool) -> tuple[float, int]:
+    def gradient(layers: int) -> tuple[float, int]:
         calls.clear()
-        with mlx_training.checkpointed(Model, wanted):
+        with mlx_training.checkpointed(Model, layers):
             found = mx.grad(lambda x: Model.layers[1](Model.layers[0](x)))(mx.array(2.0))
         return found.item(), len(calls)
 
-    assert gradient(False) == (9.0, 2)
-    assert [gradient(True) for _ in range(3)] == [(9.0, 4)] * 3
-    assert gradient(False) == (9.0, 2)
+    assert gradient(0) == (9.0, 2)
+    assert [gradient(2) for _ in range(3)] == [(9.0, 4)] * 3
+    assert gradient(1) == (9.0, 3)
+    assert gradient(0) == (9.0, 2)
 
 
 def test_a_head_may_be_adapted_if_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one tile or several: a head that is trained must not lose its gradient when logits are made again."""
     found = []
-    for numbers in (mlx_scoring.TILE_NUMBERS, 1):
-        monkeypatch.setattr(mlx_scoring, "TILE_NUMBERS", numbers)
+    for numbers in (2**20, 1):
+        monkeypatch.setitem(mlx_head.TILE_NUMBERS, "cpu", numbers)
         backend = moved(folder, 0, Lora(rank=2, alpha=8.0, targets=("lm_head", "q_proj")))
         steps = [backend.dpo_step(pairs(backend), Mixed(0.5), 1e-2) for _ in range(3)]
         assert steps[-1].loss < 0.68
@@ -502,11 +501,14 @@ def test_rounding_wastes_little() -> None:
 
 def test_padding_of_a_program_has_no_weight(backend: MlxBackend) -> None:
     packed = pack(pairs(backend, 2))
-    ids, places, targets = mlx_training.padded(packed)
+    ids, positions, segments, places, targets = mlx_training.padded(packed)
     assert ids.shape[1] % 8 == len(places) % 8 == len(targets) % 8 == 0
-    count = len(packed.targets)
-    assert (ids.reshape(-1)[places[:count] + 1] == targets[:count]).all(), "each place is the one before its target"
-    assert not ids[:, packed.ids.shape[1] :].any()
+    count, width = len(packed.targets), packed.ids.shape[1]
+    assert (ids.flat[places[:count]] == packed.ids.flat[packed.places]).all(), "the same places on longer lines"
+    assert (positions.flat[places[:count]] == packed.positions.flat[packed.places]).all()
+    assert (targets[:count] == packed.targets).all()
+    assert not ids[:, width:].any()
+    assert (segments[:, width:] == -1).all()
 
 
 def test_only_the_adapter_is_trainable(biased: Path) -> None:

@@ -18,10 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spa_lite import objective
-from spa_lite.backend import Batch
+from spa_lite.backend import Batch, Outcome, StepStats
 from spa_lite.errors import RecipeError
 from spa_lite.judge import best_and_worst
 from spa_lite.objective import Dpo, Refined, Window
+from spa_lite.train import Plan
 
 CASES: list[dict[str, Any]] = json.loads((Path(__file__).parent / "golden" / "spa_official.json").read_text())["cases"]
 
@@ -44,6 +45,13 @@ def batch_of(logp: Any, reference: Any, extrapolated: Any = ()) -> Batch:
         np.ones(len(flat), dtype=np.int64),
         rows,
     )
+
+
+def end_step(loss: Refined, *outcomes: Outcome) -> None:
+    """End an optimizer step that saw these micro-batches."""
+    names = outcomes[0].metrics if outcomes else ()
+    metrics = {name: np.concatenate([outcome.metrics[name] for outcome in outcomes]) for name in names}
+    loss.end_step(StepStats(0.0, 0.0, False, 0, np.zeros(0), np.zeros(0), metrics))
 
 
 def interleave(chosen: Any, rejected: Any) -> np.ndarray:
@@ -209,7 +217,7 @@ def test_golden_stream(case: dict[str, Any]) -> None:
         found["tau"] += outcome.metrics["tau"].tolist()
         found["noisy"] += outcome.metrics["noisy"].tolist()
         if t % p["grad_accum"] == 0:
-            loss.end_step()
+            end_step(loss)
     close(found["active"], expected["alpha_in_effect"])
     close(found["tau"], expected["threshold_used"])
     close(found["noisy"], expected["noisy"])
@@ -231,8 +239,7 @@ def test_window_holds_margins_not_means(case: dict[str, Any]) -> None:
     """The released code feeds micro-batch means to its window; ours holds one margin per pair."""
     margins = [0.3, -0.2, 0.1]
     loss = Refined(1.0, 0.1, 0.5, Window(size=3), 0.0, 10)
-    loss(batch_of(interleave(margins, [0.0] * 3), [0.0] * 6))
-    loss.end_step()
+    end_step(loss, loss(batch_of(interleave(margins, [0.0] * 3), [0.0] * 6)))
     assert list(loss.window.margins) == pytest.approx(margins)
 
 
@@ -352,8 +359,9 @@ def test_a_flag_never_depends_on_its_own_margin(margins: list[float], rule: Any)
         loss = Refined(1.0, 0.1, 0.5, Window(rule, 0.1, 50, "zero"), 0.0, 100)
         seen = []
         for value in values:
-            seen.append(float(loss(batch_of([value, 0.0], [0.0, 0.0])).metrics["tau"][0]))
-            loss.end_step()
+            outcome = loss(batch_of([value, 0.0], [0.0, 0.0]))
+            seen.append(float(outcome.metrics["tau"][0]))
+            end_step(loss, outcome)
         return seen
 
     assert taus(margins) == taus([*margins[:-1], 1e3])
@@ -369,11 +377,10 @@ def test_flags_do_not_depend_on_micro_batches(rule: Any) -> None:
         loss = Refined(1.0, 0.1, 0.0, Window(rule, 0.2, 20, "zero"), 0.0, 12)
         found: list[float] = []
         for margins in steps:
-            for start in range(0, len(margins), piece):
-                part = margins[start : start + piece]
-                batch = batch_of(interleave(part, np.zeros(len(part))), np.zeros(2 * len(part)))
-                found += loss(batch).metrics["noisy"].tolist()
-            loss.end_step()
+            parts = [margins[start : start + piece] for start in range(0, len(margins), piece)]
+            outcomes = [loss(batch_of(interleave(p, np.zeros(len(p))), np.zeros(2 * len(p)))) for p in parts]
+            found += [flag for outcome in outcomes for flag in outcome.metrics["noisy"].tolist()]
+            end_step(loss, *outcomes)
         return found
 
     assert flags(1) == flags(3) == flags(8)
@@ -428,8 +435,7 @@ def test_what_an_objective_remembers_is_all_there_is(rule: Any) -> None:
     whole, first = objective(), objective()
     for batch in batches[:3]:
         for one in (whole, first):
-            one(batch)
-            one.end_step()
+            end_step(one, one(batch))
     memory = msgspec.json.decode(msgspec.json.encode(first.memory))
     first(batches[5])  # a step that was broken off, and is forgotten
     for again in (first, objective()):
@@ -441,6 +447,67 @@ def test_what_an_objective_remembers_is_all_there_is(rule: Any) -> None:
         expected, found = whole(batch), again(batch)
         assert (found.coefficients == expected.coefficients).all()
         assert np.array_equal(found.metrics["tau"], expected.metrics["tau"], equal_nan=True)
-        whole.end_step()
-        again.end_step()
+        end_step(whole, expected)
+        end_step(again, found)
     assert expected.metrics["noisy"].any()
+
+
+# --- steps whose margins cannot matter --------------------------------------------------------------------------------
+
+plans = st.builds(
+    Plan,
+    epochs=st.integers(1, 3),
+    batch_size=st.integers(1, 7),
+    learning_rate=st.just(1.0),
+    rows=st.integers(1, 20),
+    max_steps=st.none() | st.integers(1, 12),
+)
+
+
+@given(
+    plans,
+    st.integers(2, 12),
+    st.floats(0, 1),
+    st.sampled_from(["paper", "official"]),
+    st.sampled_from(["off", "zero"]),
+    st.integers(0, 99),
+)
+def test_margins_that_cannot_matter_are_not_needed(
+    plan: Plan, size: int, warmup: float, rule: Any, before_full: Any, seed: int
+) -> None:
+    """Flags, thresholds and coefficients of active steps are those of a training that extrapolates in every step."""
+    first = objective.first_watched(plan.sizes, size, warmup)
+    every, few = (
+        Refined(1.0, 0.2, 0.5, Window(rule, 0.3, size, before_full), warmup, plan.steps, start) for start in (0, first)
+    )
+    rng, counted = np.random.default_rng(seed), 0
+    for pairs in plan.sizes:
+        logp, mixed, reference = rng.normal(size=(3, 2 * pairs))
+        found = []
+        for loss in (every, few):
+            found.append(loss(batch_of(logp, reference, mixed if loss.extrapolation else ())))
+        expected, outcome = found
+        assert np.array_equal(outcome.coefficients, expected.coefficients)
+        assert np.array_equal(outcome.metrics["softened"], expected.metrics["softened"])
+        if every.active:
+            assert few.extrapolation == 0.5
+            assert np.array_equal(outcome.metrics["tau"], expected.metrics["tau"], equal_nan=True)
+        elif not few.watching:
+            assert np.isnan(outcome.metrics["extrapolated_margin"]).all()
+            assert not outcome.metrics["noisy"].any()
+        else:
+            counted += pairs
+        for loss, one in zip((every, few), found, strict=True):
+            end_step(loss, one)
+    ready = [step for step in range(plan.steps) if step >= warmup * plan.steps]
+    before = sum(plan.sizes[: ready[0]]) if ready else 0
+    last = plan.sizes[first] if first < plan.steps else 0
+    assert counted >= min(size, before)
+    assert counted < size + last, "no more than needed"
+
+
+def test_without_an_active_step_nothing_is_extrapolated() -> None:
+    """A warm-up as long as the training."""
+    assert objective.first_watched([4, 4, 4], 50, 1.0) == 3
+    assert objective.first_watched([4, 4, 2, 4, 4, 2], 5, 0.5) == 1, "the short batch of an epoch counts as it is"
+    assert objective.first_watched([4, 4, 4], 50, 0.0) == 0

@@ -110,7 +110,7 @@ def test_every_setting_has_help_and_known_stages() -> None:
 def test_a_stage_sees_only_its_settings() -> None:
     """Changing the learning rate leaves the key of sampling alone."""
     one, _ = build({})
-    other, _ = build({"x": {"train.learning_rate": 1e-3, "batching.micro": 1}})
+    other, _ = build({"x": {"train.learning_rate": 1e-3, "batching.micro_tokens": 1}})
     assert one.for_stage("sample") == other.for_stage("sample")
     assert one.for_stage("train") != other.for_stage("train")
 

@@ -194,7 +194,7 @@ def test_a_changed_setting_that_touches_a_finished_stage_is_refused(tmp_path: Pa
 def test_a_setting_of_speed_touches_nothing(tmp_path: Path, files: dict[str, str]) -> None:
     """Batch shapes may change in the middle of a run; results stay."""
     run_small(tmp_path / "run", small_recipe(files))
-    changes = {"batching.micro": 1, "batching.sample": 3, "batching.score": 2}
+    changes = {"batching.micro_tokens": 1, "batching.sample": 3, "batching.score_tokens": 2}
     _, run = run_small(tmp_path / "run", small_recipe(files, changes))
     assert run.computed == []
     run_small(tmp_path / "other", small_recipe(files, changes))
@@ -280,14 +280,16 @@ SHOWN_ELSEWHERE = {
     "lora.targets": "test_torch",
     "train.save_every": "test_resume; must change no result",
     "train.save_minutes": "test_resume; must change no result",
-    "batching.micro": "test_backends; must change no result",
+    "batching.micro_tokens": "test_backends; must change no result",
     "batching.sample": "test_backends; must change no result",
-    "batching.score": "test_backends; must change no result",
-    "batching.gradient_checkpointing": "test_torch; must change no result",
+    "batching.score_tokens": "test_backends; must change no result",
+    "batching.checkpointed_layers": "test_torch; must change no result",
     "measure.prompts": "test_lesson_run",
     "measure.pairs": "here",
     "measure.bootstrap": "test_evaluate",
     "judge.model": "test_run_judges",
+    "judge.rescore": "test_rescore",
+    "train.cache_reference": "test_states; must change no result",
     "judge.url": "test_judges",
     "judge.prompt": "test_run_judges",
     "stop.displacement": "test_stop",
@@ -348,8 +350,8 @@ def test_three_steps_that_are_not_finite_stop_the_run(tmp_path: Path, files: dic
             if name != "dpo_step":
                 return super().__getattr__(name)
 
-            def step(rows: Sequence[Any], loss: Any, rate: float, reference: Any) -> Any:
-                return self._inner.dpo_step(rows, Poisoned(), rate, reference)
+            def step(rows: Sequence[Any], loss: Any, rate: float, known: Any) -> Any:
+                return self._inner.dpo_step(rows, Poisoned(), rate, known)
 
             return step
 

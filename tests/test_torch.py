@@ -19,7 +19,7 @@ pytest.importorskip("peft")
 
 from spa_lite import keys
 from spa_lite.backend import INIT, POLICY, PREVIOUS, Batching, Lora, ModelSettings, Optimizer, Sampling
-from spa_lite.backends import load, torch_cache, torch_sampling, torch_scoring
+from spa_lite.backends import load, torch_head, torch_sampling
 from spa_lite.backends.quiet import quiet
 from spa_lite.backends.torch import TorchBackend
 from spa_lite.errors import BackendError, ModelError
@@ -113,31 +113,6 @@ def test_the_ends_of_the_unit_interval_are_safe(uniform: float) -> None:
 # Caches, heads and tiles: other ways to the same numbers
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_neo"])
-def test_sampling_without_a_cache_gives_the_same_text(architecture: str, tmp_path: Path) -> None:
-    backend = moved(make_model(tmp_path, architecture))
-    asked, key, sampling = prompts(backend), names(4, 2), Sampling(1.0, 1.0, 30)
-    expected = texts(draw(backend, asked, key, sampling))
-    assert backend.description["key_value_cache"] is True
-    backend._cached = False
-    assert texts(draw(backend, asked, key, sampling)) == expected
-    assert backend.description["key_value_cache"] is False
-
-
-def test_a_model_that_cannot_use_the_cache_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = moved(folder)
-
-    class Forgetful(torch_cache.RoomyLayer):
-        def batch_select_indices(self, indices: Any) -> None: ...
-
-        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
-            keys_, values = super().update(key_states, value_states)
-            return keys_ * 0.5, values
-
-    monkeypatch.setattr(torch_cache, "RoomyLayer", Forgetful)
-    assert not torch_sampling.cache_works(backend.net)
-
-
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_a_model_run_whole_gives_the_same_numbers(architecture: str, tmp_path: Path) -> None:
     """The slow way for models whose logits are not head(body(ids))."""
@@ -164,14 +139,12 @@ def test_a_head_that_leaves_something_out_is_noticed(tmp_path: Path) -> None:
 
 def test_tiles_and_checkpointing_change_memory_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = moved(folder)
-    checkpointed = moved(folder, batching=Batching(gradient_checkpointing=True))
-    monkeypatch.setattr(torch_scoring, "tile_size", lambda net: 5)
-    monkeypatch.setattr("spa_lite.backends.torch_training.tile_size", lambda net: 5)
-    tiled = moved(folder)
     rows = pairs(plain, 8)
-    results = [
-        (backend.dpo_step(rows, Mixed(0.5), 1e-2), sums(backend, rows)) for backend in (plain, checkpointed, tiled)
-    ]
+    others = [moved(folder, batching=Batching(checkpointed=layers)) for layers in (1, 9)]
+    results = [(backend.dpo_step(rows, Mixed(0.5), 1e-2), sums(backend, rows)) for backend in (plain, *others)]
+    monkeypatch.setattr(torch_head, "tile_size", lambda net: 5)
+    tiled = moved(folder)
+    results.append((tiled.dpo_step(rows, Mixed(0.5), 1e-2), sums(tiled, rows)))
     for stats, after in results[1:]:
         assert stats.loss == pytest.approx(results[0][0].loss, abs=1e-5)
         assert stats.grad_norm == pytest.approx(results[0][0].grad_norm, rel=1e-3)
@@ -295,6 +268,32 @@ def test_peft_reads_our_folders_and_we_read_peft(folder: Path, tmp_path: Path, b
     backend.unbind("theirs")
 
 
+def test_lean_layers_are_pefts_to_rounding(folder: Path, tmp_path: Path) -> None:
+    """Outputs and gradients; with the adapter off the base's own bits. What is unusual (here DoRA) stays PEFT's."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    backend = moved(folder)
+    with quiet():
+        config = LoraConfig(r=4, target_modules=["v_proj"], use_dora=True, init_lora_weights=False)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).save_pretrained(tmp_path)
+    backend.bind("dora", tmp_path)
+    for layer in backend.adapters._layers:
+        x = torch.randn(2, 5, layer.base_layer.in_features, requires_grad=True)
+        for role, exact in ((INIT, True), (POLICY, False), ("dora", True)):
+            backend._enter(role)
+            found = []
+            for forward in (layer.forward, lambda x, layer=layer: type(layer).forward(layer, x)):
+                y = forward(x)
+                (y * y).sum().backward()
+                found.append([y.detach(), x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)])
+                x.grad = None
+                layer.zero_grad(set_to_none=True)
+            assert len(found[0]) == len(found[1]) == (4 if role == POLICY else 2)
+            for mine, theirs in zip(*found, strict=True):
+                assert torch.equal(mine, theirs) if exact else torch.allclose(mine, theirs, rtol=1e-5, atol=1e-4)
+
+
 def damaged(folder: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Path:
     """Rewrite an adapter folder after changing its config and tensors."""
     from safetensors.torch import load_file, save_file
@@ -394,7 +393,7 @@ def test_dropout_is_off(tmp_path: Path) -> None:
     make_model(tmp_path, "gpt2")
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["resid_pdrop"] > 0
-    backend = moved(tmp_path, batching=Batching(gradient_checkpointing=True))
+    backend = moved(tmp_path, batching=Batching(checkpointed=2))
     assert backend.net.model.config.resid_pdrop == 0
     assert all(m.p == 0 for m in backend.net.model.modules() if isinstance(m, torch.nn.Dropout))
 

@@ -22,6 +22,7 @@ from spa_lite.backend import POLICY, Backend, Sampling
 from spa_lite.benches import shared
 from spa_lite.benches.shared import Kept, Reply
 from spa_lite.errors import DataError
+from spa_lite.events import per_unit
 from spa_lite.judge import scorer
 from spa_lite.keys import digest
 from spa_lite.opinion import Tick
@@ -266,7 +267,7 @@ def choose(
     fitting = [i for i, row in enumerate(rows) if _fits(row, backend.context)]
     for _ in range(len(rows) - len(fitting)):
         tick()
-    found = scorer(backend, role, tick)([rows[i] for i in fitting]) if fitting else []
+    found = scorer(backend, role, per_unit(tick))([rows[i] for i in fitting]) if fitting else []
     sums = dict(zip(fitting, found, strict=True))
     return [
         Scored(choices=question, logp=sums[i], tokens=tuple(map(len, rows[i].responses)))

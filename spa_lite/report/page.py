@@ -26,7 +26,16 @@ from spa_lite.report.evaluations import eval_sheet
 from spa_lite.report.examples import FIRST, OpenBackend, Shown, credited, judgements, sampled, side_by_side
 from spa_lite.report.figures import figures
 from spa_lite.report.looks import some
-from spa_lite.report.tables import changed, differences, facts, judging_sheet, settings, stage_sheet, tiles
+from spa_lite.report.tables import (
+    changed,
+    differences,
+    facts,
+    judging_sheet,
+    settings,
+    stage_sheet,
+    throughput_sheet,
+    tiles,
+)
 
 NAME = "report.html"
 GROUPS = (
@@ -82,6 +91,7 @@ def write_report(
         groups=[(title, [name for name in names if name in pictures]) for title, names in GROUPS],
         sheets=[stage_sheet(run) for run in told],
         judging=[judging_sheet(run) for run in told],
+        throughput=[throughput_sheet(run) for run in told],
         evaluations=evaluations,
         differences=differences(told),
         study=any((path / STUDY).is_file() for path in runs),

@@ -10,6 +10,7 @@ from typing import Any
 from spa_lite.compare import measures
 from spa_lite.report.collect import Stage, Told
 from spa_lite.stop import MEASURES
+from spa_lite.throughput import Total, totals
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,16 @@ def _judging_cells(stage: Stage) -> list[str | None]:
         percent(judged.get("longer_wins")) if judged.get("unequal_lengths") else None,
         *[percent(lint.get(name)) for name in ("distinct_2", "repeat_4", "looping")],
     ]
+
+
+def throughput_sheet(run: Told) -> Sheet:
+    """Useful tokens per second of each kind of stage that was computed in the run."""
+    columns = ("stage", "what", "tokens", "tokens per second", "% of the floor")
+    return sheet(columns, [_throughput_cells(total) for total in totals([stage.spent for stage in run.stages])])
+
+
+def _throughput_cells(total: Total) -> list[str | None]:
+    return [total.kind, total.done, f"{total.tokens:,.0f}", fixed(total.per_second, 1), percent(total.share)]
 
 
 def tiles(run: Told) -> list[tuple[str, str, str]]:
