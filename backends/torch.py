@@ -64,7 +64,7 @@ class TorchBackend(LocalBackend):
             "architecture": type(self.net.model).__name__,
             "parameters": self._base_parameters,
             "adapter_parameters": count(self.adapters.tensors(adapter).values()) if adapter else 0,
-            "attention": self.net.attention + ", response by response" * self.net.by_response,
+            "attention": self.net.attention + ", long lines response by response" * (self.net.split_from is not None),
             "prompt": f"once per response ({self.net.apart})" if self.net.apart else "once per row",
             "key_value_cache": self._way or "not tried yet",
             "decoding": self._decoding,

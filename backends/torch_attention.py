@@ -1,7 +1,7 @@
 """Attention over lines of one prompt and several responses, without computing what the mask would hide.
 
-On a CPU a masked attention costs the whole square. Here a line is taken apart: the prompt with its first response is
-plainly causal, and each further response looks at the prompt and itself.
+On a CPU a masked attention costs the whole square. Here a long line is taken apart: the prompt with its first response
+is plainly causal, and each further response looks at the prompt and itself.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from spa_lite.backends.packing import Packed
 
 NAME = "spa_lite_by_response"
+LONG = 320
+"""Tokens from which on that pays: on shorter lines the many small calls cost more than the square."""
 
 
 def by_response(model: Any) -> bool:

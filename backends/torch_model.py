@@ -31,7 +31,7 @@ from spa_lite.backends.model_folder import (
 )
 from spa_lite.backends.packing import Packed, pack
 from spa_lite.backends.quiet import quiet
-from spa_lite.backends.torch_attention import by_response, with_parts
+from spa_lite.backends.torch_attention import LONG, by_response, with_parts
 from spa_lite.errors import BackendError, BackendMissing, ModelError
 from spa_lite.records import Row
 
@@ -191,12 +191,12 @@ class Net:
         self._entry = self.model if self.whole else self.body
         self._takes_positions = "position_ids" in inspect.signature(self._entry.forward).parameters
         self.attention = str(getattr(model.config, "_attn_implementation", None))
-        self.by_response = False
+        self.split_from: int | None = None  # tokens of a line that is attended to response by response; None: none is
         self.apart = self._why_apart()
         self.shared = 0 if self.apart else min([self.context, *_windows(self.text)])
         if self.shared and self.attention == "sdpa" and device.type == "cpu":
-            self.by_response = by_response(model)
-            self.by_response = self.by_response and not self._why_apart()
+            self.split_from = 0 if by_response(model) else None  # the lines that are tried out are short
+            self.split_from = None if self.split_from is None or self._why_apart() else LONG
 
     def hidden(
         self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None, cache: Any = None
@@ -259,7 +259,7 @@ class Net:
         if not packed.branching:
             return None
         seen = self.tensor(packed.mask(), torch.bool)[:, None]
-        if self.by_response:
+        if self.split_from is not None and packed.ids.shape[1] >= self.split_from:
             return with_parts(seen, packed, self.model.dtype)
         if self.attention == "sdpa":
             return seen

@@ -16,8 +16,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from spa_lite.backend import POLICY, PREVIOUS, Batching, ModelSettings
-from spa_lite.backends.packing import together
+from spa_lite.backends.packing import pack, together
 from spa_lite.backends.torch import TorchBackend
+from spa_lite.backends.torch_attention import LONG
 from spa_lite.backends.torch_scoring import lay_out, response_states
 from spa_lite.objective import Dpo
 from spa_lite.records import Row
@@ -33,6 +34,8 @@ def loaded(folder: Path, **more: Any) -> TorchBackend:
     """A backend whose policy and reference differ."""
     torch.set_num_threads(1)
     backend = TorchBackend(ModelSettings(**{"model": str(folder), "device": "cpu"} | more))
+    if backend.net.split_from is not None:
+        backend.net.split_from = 0  # short lines, too
     backend.bind(POLICY, None, LORA)
     backend.start_training(OPTIMIZER)
     backend.dpo_step(pairs(backend), Linear([0.1, -0.1] * 4, reference=False), 1e-2)
@@ -84,14 +87,24 @@ def test_both_kinds_of_masks_hide_the_same(attention: str, tmp_path: Path) -> No
     """On a CPU, a third way: the further responses by themselves."""
     backend = loaded(make_model(tmp_path))
     rows = [SHORT, *pairs(backend)]
-    assert backend.net.by_response
+    assert backend.net.split_from == 0
     expected, its = gradients(backend, rows)
     backend.net.model.set_attn_implementation(attention)
-    backend.net.by_response, backend.net.attention = False, attention
+    backend.net.split_from, backend.net.attention = None, attention
     assert backend.net._why_apart() == ""
     found, others = gradients(backend, rows)
     np.testing.assert_allclose(found.logp, expected.logp, atol=1e-4)
     assert max(float((its[key] - others[key]).abs().max()) for key in its) < 1e-4
+
+
+def test_only_long_lines_are_taken_apart(tmp_path: Path) -> None:
+    """Where the many small calls cost less than the square."""
+    net = TorchBackend(ModelSettings(model=str(make_model(tmp_path)), device="cpu")).net
+    assert net.split_from == LONG
+    for size, parts in ((LONG // 2, True), (LONG // 2 - 9, False)):
+        row = Row(prompt=(5, 9), responses=((8,) * size, (7,) * size))
+        mask = net.mask(pack([row], together(row)))
+        assert hasattr(mask, "parts") == parts
 
 
 def test_padding_to_whole_eights_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +133,7 @@ def test_a_model_that_sees_more_than_its_mask_falls_back_and_says_so(tmp_path: P
     net = backend.net
     rows = [SHORT, *pairs(backend)]
     expected = sums(backend, rows)
-    net.by_response = False
+    net.split_from = None
     real = net.model.base_model.forward
     net.model.base_model.forward = lambda **inputs: real(**inputs | {"attention_mask": None})
     assert net._why_apart() == "the model sees more than its mask"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +19,13 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from spa_lite.backend import POLICY, PREVIOUS, Batching, Known, ModelSettings, Optimizer
+from spa_lite.backends import torch_head
 from spa_lite.backends.packing import apart, batches, together
 from spa_lite.backends.torch import TorchBackend
 from spa_lite.backends.torch_scoring import lay_out, response_states
@@ -125,6 +130,10 @@ STEPS: dict[str, tuple[float, Callable[[Known], Known | None], int, int]] = {
 """lambda, what is known, forward passes through the body, head products per response token (one for the gradient)."""
 
 
+TILES = {step: 2 if step == "plain, reference known" else 4 for step in STEPS}
+"""Tensors as wide as the vocabulary that are made for each tile."""
+
+
 def known_of(backend: TorchBackend) -> Known:
     """Sums and states of the reference."""
     backend._enter(PREVIOUS)
@@ -168,6 +177,40 @@ def test_scoring_is_one_forward_pass(backend: TorchBackend) -> None:
         sums(backend, ROWS)
     assert (counted.bodies, counted.heads) == ([tokens(ROWS)], [RESPONSE_TOKENS])
     assert counted.products == tokens(ROWS) * forward(backend) + RESPONSE_TOKENS * head(backend)
+
+
+class Allocations(TorchDispatchMode):
+    """The bytes of every new tensor that is as wide as the vocabulary."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.made: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation; what does not lie in a tensor that it was given is new."""
+        given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[-1] == self.vocabulary:
+                self.made += [leaf.numel() * leaf.element_size()] * (leaf.untyped_storage().data_ptr() not in given)
+        return out
+
+
+@pytest.mark.parametrize(("step", "tensors"), TILES.items())
+@pytest.mark.parametrize("tile", [10**6, 16])
+def test_logits_that_are_made(
+    step: str, tensors: int, tile: int, backend: TorchBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many tensors a tile, each of them float32 and no larger than a tile: none of [batch, time, vocabulary]."""
+    vocabulary = backend.net.vocab
+    monkeypatch.setitem(torch_head.TILE_NUMBERS, "cpu", tile * vocabulary)
+    extrapolation, what, _, _ = STEPS[step]
+    known = what(known_of(backend))
+    with Allocations(vocabulary) as seen:
+        backend.dpo_step(ROWS, Mixed(extrapolation), 0.0, known)
+    tiles = [min(tile, RESPONSE_TOKENS - start) for start in range(0, RESPONSE_TOKENS, tile)]
+    assert sorted(seen.made) == sorted(4 * vocabulary * size for size in tiles for _ in range(tensors))
 
 
 def test_tokens_computed_per_useful_token(backend: TorchBackend) -> None:
