@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,6 +55,19 @@ def new_cache(config: Any) -> DynamicCache:
     return cache
 
 
+@dataclass
+class Turn:
+    """What the next forward pass does, for all layers. They hold this and not their cache, which holds them: a cycle
+    would keep the buffers of a finished sampler until Python looks for cycles, which large tensors do not bring about.
+    """
+
+    slots: int
+    length: int
+    into: Tensor | None = None
+    where: Any = None
+    width: int = 0
+
+
 class SlotCache(Cache):
     """Keys and values [slots, heads, length, width] of every layer, taken once. Each slot has a length of its own.
 
@@ -63,20 +77,17 @@ class SlotCache(Cache):
     layers: list[Any]
 
     def __init__(self, layers: int, slots: int, length: int) -> None:
-        super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
-        self.slots, self.length = slots, length
-        self.into: Tensor | None = None
-        self.where: Any = None
-        self.width = 0
+        self.turn = Turn(slots, length)
+        super().__init__(layers=[SlotLayer(self.turn) for _ in range(layers)])
 
     def read(self, into: Tensor) -> None:
         """The next forward reads prompts, padded on the right, each into the slots [prompts, copies] of its row."""
-        self.into = into
+        self.turn.into = into
 
     def extend(self, at: Tensor, width: int) -> None:
         """The next forwards write one token of the first len(at) slots at these places, and see `width` places."""
-        self.into, self.width = None, width
-        self.where = torch.arange(len(at), device=at.device), slice(None), at
+        self.turn.into, self.turn.width = None, width
+        self.turn.where = torch.arange(len(at), device=at.device), slice(None), at
 
     def move(self, source: Tensor, target: Tensor, width: int) -> None:
         """Copy the first places of some slots to others."""
@@ -88,9 +99,9 @@ class SlotCache(Cache):
 class SlotLayer(DynamicLayer):
     """One layer of it."""
 
-    def __init__(self, cache: SlotCache) -> None:
+    def __init__(self, turn: Turn) -> None:
         super().__init__()
-        self.cache = cache
+        self.turn = turn
         self.buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -98,11 +109,11 @@ class SlotLayer(DynamicLayer):
         if self.buffers is None:
             self.buffers = self._zeros(key_states), self._zeros(value_states)
         keys, values = self.buffers
-        if self.cache.into is not None:
+        if self.turn.into is not None:
             for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-                buffer[self.cache.into, :, : states.shape[2]] = states[:, None]
+                buffer[self.turn.into, :, : states.shape[2]] = states[:, None]
             return key_states, value_states
-        where, rows, width = self.cache.where, len(key_states), self.cache.width
+        where, rows, width = self.turn.where, len(key_states), self.turn.width
         keys[where], values[where] = key_states[:, :, 0], value_states[:, :, 0]
         return keys[:rows, :, :width], values[:rows, :, :width]
 
@@ -116,7 +127,7 @@ class SlotLayer(DynamicLayer):
 
     def _zeros(self, states: Tensor) -> Tensor:
         # Zeros: what a mask hides is multiplied by 0, and must be finite.
-        shape = self.cache.slots, states.shape[1], self.cache.length, states.shape[3]
+        shape = self.turn.slots, states.shape[1], self.turn.length, states.shape[3]
         return torch.zeros(shape, dtype=states.dtype, device=states.device)
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -245,6 +246,22 @@ def test_two_samplers_may_take_turns(folder: Path) -> None:
     found = [(one, two) for one, two in zip(first, second, strict=True)]
     assert len(found) == 12
     assert all(one == two for one, two in found)
+
+
+@pytest.mark.parametrize("way", ["slots", "padded"])
+def test_what_a_sampler_held_is_freed_at_once(way: Any, folder: Path) -> None:
+    """Not when Python next looks for cycles, which large tensors do not bring about."""
+    backend = new(folder)
+    answered(backend, SAMPLING)
+    backend._way = way
+    gc.disable()
+    try:
+        with torch.inference_mode():
+            before = {id(found) for found in gc.get_objects() if type(found) is torch.Tensor}
+            answered(backend, SAMPLING)
+            assert not [f for f in gc.get_objects() if type(f) is torch.Tensor and id(f) not in before]
+    finally:
+        gc.enable()
 
 
 class Forgetful(torch_cache.SlotLayer):

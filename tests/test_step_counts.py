@@ -179,7 +179,7 @@ def test_scoring_is_one_forward_pass(backend: TorchBackend) -> None:
     assert counted.products == tokens(ROWS) * forward(backend) + RESPONSE_TOKENS * head(backend)
 
 
-class Allocations(TorchDispatchMode):
+class Allocations(TorchDispatchMode):  # type: ignore[misc]
     """The bytes of every new tensor that is as wide as the vocabulary."""
 
     def __init__(self, vocabulary: int) -> None:
