@@ -31,10 +31,8 @@ class Laid:
 def lay_out(net: Net, rows: Sequence[Row]) -> Laid:
     """Rows packed, and brought to the device."""
     packed = pack(rows, net.shared)
-    if (
-        packed.branching and packed.ids.shape[1] > net.shared
-    ):  # beside a line beyond a window, which no mask may replace
-        packed = pack(rows)
+    if packed.branching and packed.ids.shape[1] > net.shared:
+        packed = pack(rows)  # a line beyond the window is among them, and no mask may stand in the window's place
     if packed.branching and net.device.type == "cuda":
         packed = widened(packed, -packed.ids.shape[1] % 8)  # masked attention wants whole eights there
     return Laid(

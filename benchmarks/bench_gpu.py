@@ -3,7 +3,7 @@
     python benchmarks/bench_gpu.py [--parts rates,sample-1b,step-8b] [--minutes 9] [--rounds 2] [--tiny]
 
 Models are random, of the shapes of Llama-3.2-1B and Llama-3.1-8B, in bfloat16, with two LoRA adapters of rank 16. Each
-part has a time of its own and fails alone; what is known is printed, and written to gpu.json (in $OUT, or --out), part
+part has a time of its own and fails alone; what is known is printed, and written to gpu.json (in --out), part
 by part. TRL and bitsandbytes are used where they are installed. `--tiny` goes through everything with toys.
 """
 
@@ -897,8 +897,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tiny", action="store_true", help="toys, on the CPU unless --device says otherwise")
     made.add_argument("--device", help="cuda, or cpu")
     made.add_argument("--folder", type=Path, help="where models are kept; none: made anew, and removed")
-    out = os.environ.get("OUT")
-    made.add_argument("--out", type=Path, default=Path(out) if out else None, help="folder of gpu.json ($OUT)")
+    made.add_argument("--out", type=Path, help="folder of gpu.json")
     return made
 
 
