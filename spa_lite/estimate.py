@@ -25,8 +25,6 @@ GIB = 2**30
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
-CHUNK = 256
-"""Prompts that reach a backend at a time (`spa_lite.sample`)."""
 
 
 @dataclass(frozen=True)
@@ -305,7 +303,6 @@ class Case:
     def sampling(self, prompts: int) -> tuple[float, float]:
         """The cache, and what reading the prompts or the logits of a step take beyond it."""
         s, n, way = self.shape, self.recipe.sampling.n, self.place.habits
-        prompts = min(prompts, CHUNK)
         room = -(-(self.longest.prompt + self.longest.answer) // way.room) * way.room
         cache = 2 * s.layers * s.keys * self.width * prompts * n * room
         reading = min(prompts * self.longest.prompt, max(way.read, prompts))
@@ -399,7 +396,7 @@ def work(
         return forward(rows, 2, answer, sizes.micro_tokens, 2 + again + reference, 2 + reference)
 
     def decode(count: int) -> Work:
-        steps = count / min(max(1, sizes.sample), CHUNK) * answer
+        steps = count / max(1, sizes.sample) * answer
         attention = 4 * shape.layers * shape.queries * (prompt + answer / 2)
         tokens = count * n * answer
         reading = forward(count, 1, 0, sizes.sample * prompt)
