@@ -20,6 +20,8 @@ from spa_lite.backends.torch_model import Net
 TILE_NUMBERS = {"cpu": 2**22, "cuda": 2**26}
 """Logits made at a time. A tile is passed over several times: on a CPU it should not be far larger than the caches, on
 a GPU it must be large enough to keep the processors busy."""
+TILE_ROWS = 64
+"""Tokens that a tile has at least, however large the vocabulary: with fewer a product waits for the head's weights."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Read:
 
 def tile_size(net: Net) -> int:
     """Tokens per tile."""
-    return max(16, TILE_NUMBERS.get(net.device.type, TILE_NUMBERS["cpu"]) // net.vocab)
+    return max(TILE_ROWS, TILE_NUMBERS.get(net.device.type, TILE_NUMBERS["cpu"]) // net.vocab)
 
 
 def token_logprobs(net: Net, states: Tensor, targets: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ class Habits:
     """How a framework spends memory. Measured on the Linux CPU; for CUDA, MPS and Metal not yet."""
 
     runtime: int  # Python and its libraries; on CUDA the context
-    tile: int  # numbers in a tile of logits
+    tile: int  # numbers in a tile of logits, unless its least rows have more
+    rows: int
     copies: float  # of a tile, in a training step that extrapolates; half as many in scoring
     read: int  # prompt tokens read at a time
     room: int  # places by which a key-value cache grows
@@ -68,14 +69,13 @@ class Habits:
     slack: float = 1.1  # times what is held at once is what the allocator takes
     heap: bool = False  # arrays of up to 32 MiB lie on glibc's heap
 
-    @property
-    def tile_bytes(self) -> float:
-        """What a full tile takes in a training step."""
-        return 4 * self.copies * self.tile
+    def tile_bytes(self, vocabulary: int = 0) -> float:
+        """What a full tile takes in a training step; without the vocabulary where it is of the usual size."""
+        return 4 * self.copies * max(self.tile, self.rows * vocabulary)
 
 
-MLX = Habits(int(0.36 * GIB), 2**22, 4, 2**11, 256, cache=1.5, slack=1.0)
-TORCH = Habits(int(0.42 * GIB), 2**22, 4, 2**40, 64)
+MLX = Habits(int(0.36 * GIB), 2**22, 16, 4, 2**11, 256, cache=1.5, slack=1.0)
+TORCH = Habits(int(0.42 * GIB), 2**22, 64, 4, 2**40, 64)
 TORCH_CUDA = replace(TORCH, tile=2**26)
 TORCH_CPU = replace(TORCH, heap=True)
 MAPPED = 2**25
@@ -201,11 +201,11 @@ def held(kept: Activations, tokens: int, checkpointed: int, place: Place) -> flo
     """
     k, times, way = min(checkpointed, kept.layers), tokens / kept.tokens, place.habits
     whole = max(kept.layers - k, min(k, 1))
-    tile = min(kept.rest, way.tile_bytes)
+    tile = min(kept.rest, way.tile_bytes())
     stays = times * (k * kept.checkpointed + whole * kept.layer + kept.rest - tile)
     on_heap = way.heap and times * kept.layer < ARRAYS * MAPPED
     keeps, works, tiles = HEAP if on_heap else (way.slack, way.slack, 1.0)
-    backward = keeps * stays + works * times * kept.work + tiles * min(times * tile, way.tile_bytes)
+    backward = keeps * stays + works * times * kept.work + tiles * min(times * tile, way.tile_bytes())
     return max(backward, stays + HOLES * k * times * kept.layer) if on_heap else backward
 
 
@@ -267,7 +267,7 @@ class Case:
     def tile(self) -> float:
         """What a tile of logits takes in a training step."""
         way, answers = self.place.habits, self.line - self.longest.prompt
-        return min(way.tile_bytes, 4 * way.copies * answers * self.shape.vocabulary)
+        return min(way.tile_bytes(self.shape.vocabulary), 4 * way.copies * answers * self.shape.vocabulary)
 
     def together(self, tokens: int) -> int:
         """Tokens of a training forward: one row at least, and no more than a step has."""

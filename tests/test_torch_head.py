@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from spa_lite.backends import torch_head
 from spa_lite.backends.torch_head import Reference, read, token_logprobs
 from spa_lite.backends.torch_model import Net
+from spa_lite.estimate import TORCH_CPU
 from tests.tiny import make_config
 
 HEADS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -93,6 +95,14 @@ def test_tiles_are_full_logits_and_autograd(kind: str, rows: int, monkeypatch: p
     assert torch.allclose(found.logp, expected[0], atol=1e-5)
     with torch.inference_mode():
         assert torch.allclose(token_logprobs(net, states, targets), expected[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(("vocabulary", "rows"), [(256, 2**14), (2**15, 128), (2**17, 64), (2**20, 64)])
+def test_a_tile_has_rows_enough_for_any_vocabulary(vocabulary: int, rows: int) -> None:
+    """On the CPU; and the estimate of memory knows it."""
+    net: Any = SimpleNamespace(device=torch.device("cpu"), vocab=vocabulary)
+    assert torch_head.tile_size(net) == rows
+    assert TORCH_CPU.tile_bytes(vocabulary) == 4 * TORCH_CPU.copies * rows * vocabulary
 
 
 def test_no_response_is_no_tile() -> None:
