@@ -246,7 +246,7 @@ class Bench:
 
     def rates(self) -> dict[str, float]:
         """What a matrix product and a copy reach on this device, measured once."""
-        self.speed = self.speed or ceiling("torch", self.options)
+        self.speed = self.speed or ceiling("torch", self.options.device, self.options.dtype, self.options.quick)
         return self.speed
 
 

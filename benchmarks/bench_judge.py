@@ -231,20 +231,13 @@ class Plain:
 
     def _batch(self, batch: Sequence[tuple[Sequence[int], Sequence[int]]], role: str) -> list[float]:
         import torch
+        from contestants import padded  # here, since a test reads this file without its folder
 
-        width = max(len(prompt) + len(response) for prompt, response in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        kept = torch.zeros(len(batch), width, dtype=torch.long)
-        scored = torch.zeros(len(batch), width, dtype=torch.bool)
-        for i, (prompt, response) in enumerate(batch):
-            size = len(prompt) + len(response)
-            ids[i, :size] = torch.tensor([*prompt, *response])
-            kept[i, :size] = 1
-            scored[i, len(prompt) : size] = True
+        ids, kept, scored = padded(batch, "cpu")
         with torch.no_grad(), self._in(role):
             logits = self.model(ids, attention_mask=kept).logits
         logprobs = torch.log_softmax(logits[:, :-1], dim=-1).gather(2, ids[:, 1:, None])[..., 0]
-        return [float(value) for value in (logprobs * scored[:, 1:]).sum(dim=1)]
+        return [float(value) for value in (logprobs * scored).sum(dim=1)]
 
 
 def plain_scores(model: Path, rows: Sequence[Row]) -> list[tuple[float, ...]]:

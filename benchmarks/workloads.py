@@ -99,6 +99,11 @@ def sizes(count: int, mean: float, lengths: Lengths, rng: Any) -> list[int]:
     return [int(size) for size in rng.permutation(np.clip(np.exp(logs).round(), lengths.least, lengths.most))]
 
 
+def scale(quick: bool) -> tuple[int, Lengths]:
+    """Vocabulary and lengths: the random Llama's, or what --quick takes."""
+    return (SMALL["vocab_size"], QUICK) if quick else (LLAMA["vocab_size"], Lengths())
+
+
 def prompts(count: int, vocabulary: int, lengths: Lengths, seed: int = 0) -> list[Ids]:
     """Random ids that end nothing."""
     rng = np.random.default_rng(seed)
@@ -128,4 +133,12 @@ def described(rows: Sequence[Row]) -> str:
     return (
         f"{len(rows)} pairs; prompts of {min(asked)} to {max(asked)} tokens (mean {np.mean(asked):.0f}), answers of "
         f"{min(answers)} to {max(answers)} (mean {np.mean(answers):.0f})"
+    )
+
+
+def described_step(rows: Sequence[Row]) -> str:
+    """The model and the work of one optimizer step, in words."""
+    return (
+        "A random Llama of 38 million parameters (10 layers of 512, vocabulary 8,192), LoRA of rank 16 on every "
+        f"linear layer, one optimizer step (learning rate 0, so that all goes are the same) on {described(rows)}."
     )
