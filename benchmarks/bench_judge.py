@@ -28,7 +28,7 @@ from spa_lite.data import write_jsonl
 from spa_lite.events import Event
 from spa_lite.lesson import MODEL_DIR, source
 from spa_lite.recipe import Recipe, build, load_layer
-from spa_lite.records import Judgement, Message, Pair, Row
+from spa_lite.records import Ids, Judgement, Message, Pair, Row
 
 TOLERANCE = 1e-4
 BATCH = 8
@@ -229,7 +229,7 @@ class Plain:
             found += self._batch(flat[start : start + BATCH], role)
         return found
 
-    def _batch(self, batch: Sequence[tuple[Sequence[int], Sequence[int]]], role: str) -> list[float]:
+    def _batch(self, batch: Sequence[tuple[Ids, Ids]], role: str) -> list[float]:
         import torch
         from contestants import padded  # here, since a test reads this file without its folder
 

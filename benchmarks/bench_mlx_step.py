@@ -17,7 +17,7 @@ from contestants import ALPHA, LAMBDA, Step, ours, plain, recorded_sums, refined
 from machine import installed
 from side_by_side import Claim, Contestant, Options, Shown, Suite, Unavailable, main
 from workloads import ALPHA as LORA_ALPHA
-from workloads import BETA, POLICY, PREVIOUS, RANK, adapter, described_step, model, pairs, scale
+from workloads import BETA, RANK, described_step, model_and_adapters, pairs, scale
 
 from spa_lite.records import Row
 
@@ -37,8 +37,7 @@ def rows_of(options: Options) -> list[Row]:
 
 def contestants(options: Options) -> list[Contestant]:
     """All who can do a step on the same weights and ids."""
-    base = model(options.folder, options.quick)
-    policy, previous = (adapter(options.folder, base, name) for name in (POLICY, PREVIOUS))
+    base, policy, previous = model_and_adapters(options.folder, options.quick)
     rows = rows_of(options)
 
     def own(objective: Callable[[], Any], known: str = "") -> Callable[[], Step]:

@@ -46,7 +46,7 @@ def contestants(options: Options) -> list[Contestant]:
             backend = ours(options, base, policy, training=False)
             kept = scores(backend, rows, ROLE) if recorded else None
 
-            def work() -> np.ndarray[Any, Any]:
+            def work() -> Any:
                 if recorded:  # a few are scored again, to see whether the recorded ones may be taken
                     scores(backend, rows[: math.ceil(CHECKED * len(rows))], ROLE)
                 mine = kept if kept is not None else scores(backend, rows, ROLE)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from contestants import Loop, Scorer, Step, Text, Trl, every_text, ours, peft_model, plain, refined, stepping
 from side_by_side import Claim, Contestant, Options, Suite, main
-from workloads import POLICY, PREVIOUS, adapter, described_step, model, pairs, scale
+from workloads import described_step, model_and_adapters, pairs, scale
 
 from spa_lite.records import Row
 
@@ -30,8 +30,7 @@ def rows_of(options: Options) -> list[Row]:
 
 def contestants(options: Options) -> list[Contestant]:
     """All who can do a step on the same weights and ids."""
-    base = model(options.folder, options.quick)
-    policy, previous = (adapter(options.folder, base, name) for name in (POLICY, PREVIOUS))
+    base, policy, previous = model_and_adapters(options.folder, options.quick)
     rows = rows_of(options)
 
     def own(objective: Callable[[], Any], known: str = "") -> Callable[[], Step]:

@@ -68,12 +68,14 @@ def ours(
     previous: Path | None = None,
     training: bool = True,
     framework: str = "torch",
+    **settings: Any,
 ) -> Any:
     """The backend with its roles, ready to sample, score and train."""
     from spa_lite import backends
     from spa_lite.backend import INIT, POLICY, PREVIOUS, ModelSettings
 
-    backend: Any = backends.load(framework, ModelSettings(str(base), device=options.device, dtype=options.dtype))
+    wanted = ModelSettings(str(base), device=options.device, dtype=options.dtype, **settings)
+    backend: Any = backends.load(framework, wanted)
     backend.bind(INIT, None)
     backend.bind(PREVIOUS, previous)
     backend.bind(POLICY, policy)

@@ -78,6 +78,12 @@ def adapter(folder: Path, base: Path, name: str) -> Path:
     return place
 
 
+def model_and_adapters(folder: Path, quick: bool) -> tuple[Path, Path, Path]:
+    """The random Llama, the policy's adapter and the previous one's."""
+    base = model(folder, quick)
+    return base, adapter(folder, base, POLICY), adapter(folder, base, PREVIOUS)
+
+
 def plain_model(base: Path, options: Any = None) -> Any:
     """The model as transformers loads it."""
     import torch
