@@ -231,7 +231,7 @@ class Plain:
 
     def _batch(self, batch: Sequence[tuple[Ids, Ids]], role: str) -> list[float]:
         import torch
-        from contestants import padded  # here, since a test reads this file without its folder
+        from peers import padded  # here, since a test reads this file without its folder
 
         ids, kept, scored = padded(batch, "cpu")
         with torch.no_grad(), self._in(role):

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contestants import Generate, Loop, Scorer, Trl, peft_model, stops_of, texts_of
+from contestants import texts_of
+from peers import Generate, Loop, Scorer, Trl, peft_model, stops_of
 from side_by_side import Claim, Contestant, Done, Options, Ready, Shown, Suite, main
 from workloads import BETA, POLICY, adapter, model, prompts, scale
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from contestants import Generate, Scorer, Text, ours, peft_model, stops_of
+from contestants import Text, ours
+from peers import Generate, Scorer, peft_model, stops_of
 from side_by_side import Claim, Contestant, Done, Options, Ready, Shown, Suite, Unavailable, main
 from workloads import POLICY, adapter, model, prompts, scale
 

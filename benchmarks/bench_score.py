@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from contestants import Scorer, Text, every_text, ours, peft_model, texts_of, valued
+from contestants import Text, every_text, ours, texts_of, valued
+from peers import Scorer, peft_model
 from side_by_side import Claim, Contestant, Options, Ready, Suite, main
 from workloads import POLICY, adapter, described, model, pairs, scale
 

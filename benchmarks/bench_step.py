@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from contestants import Loop, Scorer, Step, Text, Trl, every_text, ours, peft_model, plain, refined, stepping
+from contestants import Step, Text, every_text, ours, plain, refined, stepping
+from peers import Loop, Scorer, Trl, peft_model
 from side_by_side import Claim, Contestant, Options, Suite, main
 from workloads import described_step, model_and_adapters, pairs, scale
 

@@ -10,8 +10,9 @@ from statistics import fmean
 from typing import Any
 
 import workloads
-from contestants import Trl, ours, peft_model
+from contestants import ours
 from machine import ceiling, installed
+from peers import Trl, peft_model
 from side_by_side import Options, Unavailable
 from workloads import ALPHA, POLICY, PREVIOUS, RANK, Lengths
 

@@ -10,23 +10,11 @@ from statistics import fmean, median
 from typing import Any
 
 import numpy as np
-from contestants import (
-    Generate,
-    Loop,
-    Scorer,
-    Step,
-    Trl,
-    every_text,
-    plain,
-    recorded_sums,
-    refined,
-    start_training,
-    stepping,
-    valued,
-)
+from contestants import Step, every_text, plain, recorded_sums, refined, start_training, stepping, valued
 from gpu_lines import Differs, Floor, Line, agreed, measure, suite
 from gpu_models import GIB, Bench
 from machine import seconds_of
+from peers import Generate, Loop, Scorer, Trl
 from side_by_side import Claim, Contestant, Done, Ready, Shown, Suite, agreement
 from workloads import POLICY, described, prompts
 
