@@ -28,7 +28,7 @@ from spa_lite.data import write_jsonl
 from spa_lite.events import Event
 from spa_lite.lesson import MODEL_DIR, source
 from spa_lite.recipe import Recipe, build, load_layer
-from spa_lite.records import Ids, Judgement, Message, Pair, Row
+from spa_lite.records import Judgement, Message, Pair, Row
 
 TOLERANCE = 1e-4
 BATCH = 8
@@ -229,15 +229,22 @@ class Plain:
             found += self._batch(flat[start : start + BATCH], role)
         return found
 
-    def _batch(self, batch: Sequence[tuple[Ids, Ids]], role: str) -> list[float]:
+    def _batch(self, batch: Sequence[tuple[Sequence[int], Sequence[int]]], role: str) -> list[float]:
         import torch
-        from peers import padded  # here, since a test reads this file without its folder
 
-        ids, kept, scored = padded(batch, "cpu")
+        width = max(len(prompt) + len(response) for prompt, response in batch)
+        ids = torch.zeros(len(batch), width, dtype=torch.long)
+        kept = torch.zeros(len(batch), width, dtype=torch.long)
+        scored = torch.zeros(len(batch), width, dtype=torch.bool)
+        for i, (prompt, response) in enumerate(batch):
+            size = len(prompt) + len(response)
+            ids[i, :size] = torch.tensor([*prompt, *response])
+            kept[i, :size] = 1
+            scored[i, len(prompt) : size] = True
         with torch.no_grad(), self._in(role):
             logits = self.model(ids, attention_mask=kept).logits
         logprobs = torch.log_softmax(logits[:, :-1], dim=-1).gather(2, ids[:, 1:, None])[..., 0]
-        return [float(value) for value in (logprobs * scored).sum(dim=1)]
+        return [float(value) for value in (logprobs * scored[:, 1:]).sum(dim=1)]
 
 
 def plain_scores(model: Path, rows: Sequence[Row]) -> list[tuple[float, ...]]:

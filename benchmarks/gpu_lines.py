@@ -42,7 +42,7 @@ class Floor:
         return Line(part, f"{self.of}: share of the floor", f"{share:.1%}", told, share >= self.at_least)
 
 
-def suite(name: str, unit: str, contestants: Sequence[Contestant], claims: Sequence[Claim]) -> Suite:
+def suite_of(name: str, unit: str, contestants: Sequence[Contestant], claims: Sequence[Claim]) -> Suite:
     """One of the harness, without what only its pages need."""
     return Suite(name, "", unit, "", lambda _: contestants, claims)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from contestants import Step, every_text, plain, recorded_sums, refined, start_training, stepping, valued
-from gpu_lines import Differs, Floor, Line, agreed, measure, suite
+from gpu_lines import Differs, Floor, Line, agreed, measure, suite_of
 from gpu_models import GIB, Bench
 from machine import seconds_of
 from peers import Generate, Loop, Scorer, Trl
@@ -61,7 +61,7 @@ def sampling_suite(bench: Bench, size: str, asked: Sequence[Ids], most: int, sto
         return Ready(lambda: Done(sum(len(ids) for some in made.answers(asked) for ids in some)))
 
     least = {"1b": 4.0, "8b": 2.5}[size]
-    return suite(
+    return suite_of(
         f"sample-{size}",
         "token",
         [Contestant(OURS, own(False)), Contestant(SIMPLE, own(True)), Contestant(GENERATE, theirs)],
@@ -148,7 +148,7 @@ def step_suite(bench: Bench, size: str, rows: Sequence[Row]) -> Suite:
     def loop() -> Loop:
         return Loop(bench.options, bench.peft(size), mixed=True, batch=1, ordered=True)
 
-    return suite(
+    return suite_of(
         f"step-{size}",
         "pair",
         [
@@ -208,7 +208,7 @@ def scoring_suite(bench: Bench, size: str, rows: Sequence[Row], tokens: int) -> 
 
         return make
 
-    return suite(
+    return suite_of(
         f"score-{size}",
         "token",
         [
@@ -257,7 +257,7 @@ def whole_round(bench: Bench, size: str) -> Iterator[Line]:
 
     claims = [Claim("the composed peers / ours", COMPOSED, ROUND, at_least={"1b": 2.0, "8b": 4.0}[size])]
     contestants = [Contestant(ROUND, own), Contestant(COMPOSED, theirs)]
-    yield from measure(suite(f"round-{size}", "prompt", contestants, claims), bench, rounds=1)
+    yield from measure(suite_of(f"round-{size}", "prompt", contestants, claims), bench, rounds=1)
 
 
 Order = tuple[int, int]
