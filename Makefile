@@ -42,14 +42,15 @@ fix: $(VENV)/dev.stamp ## mend style and format in place
 	$(VENV)/bin/ruff format .
 
 bench: $(VENV)/dev.stamp bench-speed ## all benchmarks, one after the other
-	@for file in $(filter-out $(SUITES:%=benchmarks/bench_%.py) benchmarks/bench_mlx_step.py,$(sort $(wildcard benchmarks/bench_*.py))); do \
+	@for file in $(filter-out $(SUITES:%=benchmarks/bench_%.py) benchmarks/bench_mlx_%.py,$(sort $(wildcard benchmarks/bench_*.py))); do \
 		echo "== $$file"; $(VENV)/bin/python $$file $(ARGS) || exit 1; done
 
 peers: $(PEERS)/peers.stamp ## an environment with the tools that bench-speed compares with
 
 bench-speed: $(PEERS)/peers.stamp ## speed against other tools, then docs/speed.md
 	@for suite in $(SUITES); do $(PEERS)/bin/python benchmarks/bench_$$suite.py $(ARGS) || exit 1; done
-	@$(PRELOAD)$(PEERS)/bin/python benchmarks/bench_mlx_step.py $(ARGS) || echo "MLX is left out"
+	@for suite in mlx_step mlx_sample; do \
+		$(PRELOAD)$(PEERS)/bin/python benchmarks/bench_$$suite.py $(ARGS) || echo "MLX is left out"; done
 	@$(PEERS)/bin/python benchmarks/side_by_side.py --page
 
 clean: ## remove the environment, builds and caches (runs stay)

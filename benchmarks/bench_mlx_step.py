@@ -149,22 +149,23 @@ class Loop:
         import mlx.core as mx
         import mlx.nn as nn
 
-        def total(logits: Any, ids: Any, mask: Any) -> Any:
-            return -(nn.losses.cross_entropy(logits, ids[:, 1:]) * mask[:, 1:]).sum(-1)
+        def total(logits: Any, beside: Any, ids: Any, mask: Any) -> Any:
+            # Differences are summed: sums of whole log-probs over hundreds of tokens round by 1e-3 nats.
+            mine, theirs = (nn.losses.cross_entropy(some, ids[:, 1:]) for some in (logits, beside))
+            return ((theirs - mine) * mask[:, 1:]).sum(-1)
 
-        policy, reference, simulated = [], [], []
+        ratios, simulated = [], []
         for ids, mask in ((chosen, chosen_mask), (rejected, rejected_mask)):
             mine = self.policy(ids[:, :-1]).astype(mx.float32)
             theirs = mx.stop_gradient(self.reference(ids[:, :-1]).astype(mx.float32))
-            policy.append(total(mine, ids, mask))
-            reference.append(total(theirs, ids, mask))
+            ratios.append(total(mine, theirs, ids, mask))
             if self.mixed:
                 both = mx.stop_gradient((1 + LAMBDA) * mine - LAMBDA * theirs)
-                simulated.append(total(both, ids, mask))
-        margin = BETA * ((policy[0] - reference[0]) - (policy[1] - reference[1]))
+                simulated.append(total(both, theirs, ids, mask))
+        margin = BETA * (ratios[0] - ratios[1])
         if not self.mixed:
             return -nn.log_sigmoid(margin).mean(), margin
-        seen = BETA * ((simulated[0] - reference[0]) - (simulated[1] - reference[1]))
+        seen = BETA * (simulated[0] - simulated[1])
         doubt = ALPHA * (seen < 0)
         return (-(1 - doubt) * nn.log_sigmoid(margin) - doubt * nn.log_sigmoid(-margin)).mean(), seen
 

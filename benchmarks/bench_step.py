@@ -21,7 +21,7 @@ REFINED = "ours: refined, extrapolated, reference recomputed"
 REFINED_KNOWN = "ours: refined, extrapolated, reference states known"
 TRL, TRL_TUNED, TRL_KNOWN = "TRL default", "TRL tuned", "TRL tuned, reference precomputed"
 LOOP, LOOP_TUNED = "plain loop, decoupled", "plain loop, decoupled, a pair at a time"
-PAIRS = 4
+PAIRS = 8
 
 
 def rows_of(options: Options) -> list[Row]:

@@ -581,6 +581,11 @@ def check(recipe: Recipe) -> None:
         raise RecipeError(
             f"judge.length_penalty needs a judge with a reward per answer, and judge.by={r.judge.by} has none"
         )
+    if r.train.cache_reference and r.sampling.append_eos:
+        raise RecipeError(
+            "train.cache_reference keeps the states of sampled tokens, and sampling.append_eos adds tokens that are "
+            "not sampled; leave out --cache-reference"
+        )
     if r.inputs.no_seed_pairs and r.inputs.seed_pairs:
         raise RecipeError("inputs.seed_pairs and inputs.no_seed_pairs exclude each other; give one")
 

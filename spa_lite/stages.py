@@ -77,7 +77,6 @@ class Workshop:
 
     def __init__(self, models: Models, recipe: Recipe, data: Data, run: Run, report: Report = silent) -> None:
         self.models, self.recipe, self.data, self.run = models, recipe, data, run
-        states.check(recipe)
         self.summaries: dict[str, dict[str, dict[str, Any]]] = {}
         self.init = Policy(models.init_adapter, digest(["init", folder_digest(models.init_adapter)]))
         self.sizes = Remembered(run.folder, settings_of(recipe.batching))

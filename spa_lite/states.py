@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from spa_lite import files
 from spa_lite.backend import Backend
-from spa_lite.errors import ModelError, RecipeError, RunError
+from spa_lite.errors import ModelError, RunError
 from spa_lite.recipe import Recipe, for_round
 from spa_lite.records import Ids, Sample
 from spa_lite.shape import Shape
@@ -27,15 +27,6 @@ HEADER = 64
 """Bytes before the first state; the header is JSON and spaces."""
 States = NDArray[Any]
 """[tokens, width]. bfloat16, which NumPy lacks, as uint16."""
-
-
-def check(recipe: Recipe) -> None:
-    """Raise RecipeError if states are wanted of tokens that are not sampled."""
-    if recipe.train.cache_reference and recipe.sampling.append_eos:
-        raise RecipeError(
-            "train.cache_reference keeps the states of sampled tokens, and sampling.append_eos adds tokens that are "
-            "not sampled; leave out --cache-reference"
-        )
 
 
 def wanted(recipe: Recipe, round_: int) -> bool:

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "speed.md"
-SUITES = ("step", "score", "sample", "round", "head")
+SUITES = ("step", "score", "sample", "round", "head", "mlx_step", "mlx_sample")
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def does(side: Any, shown: Any, units: float = 1.0) -> Callable[[], Any]:
 def test_a_suite_runs(
     name: str, load: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("peft", reason="the peers need peft")
+    pytest.importorskip("mlx" if name.startswith("mlx") else "peft", reason="the peers need it")
     load("side_by_side").main(load(f"bench_{name}").SUITE, ["--quick", "--rounds", "1", "--out", str(tmp_path)])
     told = capsys.readouterr().out
     assert "| the same code twice (noise) |" in told
@@ -145,7 +145,7 @@ def test_the_page_shows_the_newest_results(load: Callable[[str], Any]) -> None:
     pages = load("pages")
     text = PAGE.read_text(encoding="utf-8")
     assert pages.with_tables(text) == text, "run: python benchmarks/side_by_side.py --page"
-    for name in (*SUITES, "mlx_step"):
+    for name in SUITES:
         assert f"<!-- table: {name} -->" in text
         path = pages.RESULTS / f"{name}.json"
         if path.exists():

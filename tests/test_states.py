@@ -130,9 +130,9 @@ def test_states_of_a_sampler_that_drifts_are_not_used(tmp_path: Path, files: dic
     assert any("states are not used" in event.note for event in notes)
 
 
-def test_tokens_that_are_not_sampled_have_no_states(tmp_path: Path, files: dict[str, str]) -> None:
+def test_tokens_that_are_not_sampled_have_no_states(files: dict[str, str]) -> None:
     with pytest.raises(RecipeError, match=r"--cache-reference"):
-        run_small(tmp_path / "run", small_recipe(files, CACHED | {"sampling.append_eos": True}))
+        small_recipe(files, CACHED | {"sampling.append_eos": True})
 
 
 # --- size -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,142 @@
+"""Two answers a prompt in MLX: this program's sampler against mlx-lm's batch generation.
+
+LD_PRELOAD=/usr/lib/x86_64-linux-gnu/openblas-pthread/libopenblas.so.0 python benchmarks/bench_mlx_sample.py
+    [--quick] [--rounds 5] [--only TEXT] [--device cpu|gpu]
+
+On Linux MLX's own matrix library is many times slower than OpenBLAS, hence the LD_PRELOAD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_mlx_step import worn
+from bench_sample import stops_of, weights
+from contestants import Text
+from side_by_side import Claim, Contestant, Done, Options, Ready, Shown, Suite, main
+from workloads import POLICY, QUICK, Lengths, adapter, model, prompts
+
+from spa_lite.records import Completion, Ids
+
+OURS = "ours"
+PEER, PEER_SILENT = "mlx-lm batch_generate with log-probs", "mlx-lm batch_generate, all at once, no log-probs"
+PROMPTS, TEMPERATURE = 8, 0.7
+
+
+def contestants(options: Options) -> list[Contestant]:
+    """Each counts the tokens it drew: not the same texts, but the same lengths on average. Equality: the recorded
+    log-probs of our answers are what mlx-lm's model gives the same ids."""
+    base = model(options.folder, options.quick)
+    policy = adapter(options.folder, base, POLICY)
+    lengths = QUICK if options.quick else Lengths()
+    asked = prompts(PROMPTS * options.size, 384 if options.quick else 8192, lengths, seed=2)
+    most = 24 if options.quick else 384
+    drawn: list[tuple[Text, Completion]] = []  # the last of ours
+
+    def own() -> Ready:
+        from spa_lite.backend import Sampling
+        from spa_lite.keys import sample_key
+
+        backend = ours(options, base, policy)
+        keys = [[sample_key(0, 1, str(i), k) for k in range(2)] for i in range(len(asked))]
+
+        def go() -> Done:
+            found = dict(backend.sample(asked, 2, Sampling(TEMPERATURE, 1.0, most), keys))
+            drawn[:] = [((asked[i], c.ids), c) for i in sorted(found) for c in found[i]]
+            return done([len(completion.ids) for _, completion in drawn])
+
+        return Ready(go, lambda: Shown(values=[p for _, completion in drawn for p in completion.logprobs or ()]))
+
+    def done(tokens: list[int]) -> Done:
+        return Done(sum(tokens), bytes=max(tokens) * weights(base, options))
+
+    def peer(silent: bool) -> Callable[[], Ready]:
+        def make() -> Ready:
+            from mlx_lm import batch_generate
+            from mlx_lm.sample_utils import make_sampler
+            from mlx_lm.utils import load_tokenizer
+
+            held = worn(options, base, policy)
+            tokenizer: Any = load_tokenizer(base, eos_token_ids=stops_of(base))
+            wanted = [list(prompt) for prompt in asked for _ in range(2)]
+            wider = {"prefill_batch_size": len(wanted), "completion_batch_size": len(wanted)}
+
+            def go() -> Done:
+                found = batch_generate(
+                    held,
+                    tokenizer,
+                    sorted(wanted, key=len) if silent else wanted,
+                    max_tokens=most,
+                    return_token_ids=True,
+                    return_logprobs=not silent,
+                    sampler=make_sampler(TEMPERATURE),
+                    **(wider if silent else {}),
+                )
+                # The token that ends an answer was computed, but is not among its ids.
+                return done([len(ids) + (len(ids) < most) for ids in found.token_ids or ()])
+
+            return Ready(go, lambda: Shown(values=logprobs(held, [text for text, _ in drawn])))
+
+        return make
+
+    return [
+        Contestant(OURS, own, like=PEER),
+        Contestant(PEER, peer(silent=False)),
+        Contestant(PEER_SILENT, peer(silent=True), like=OURS),
+    ]
+
+
+def ours(options: Options, base: Path, policy: Path) -> Any:
+    """The MLX backend, ready to sample."""
+    from spa_lite import backends
+    from spa_lite.backend import POLICY, ModelSettings
+
+    backend: Any = backends.load("mlx", ModelSettings(str(base), device=options.device, dtype=options.dtype))
+    backend.bind(POLICY, policy)
+    return backend
+
+
+def logprobs(held: Any, texts: Sequence[tuple[Ids, Ids]]) -> list[float]:
+    """Of every answer's tokens, one text at a time."""
+    import mlx.core as mx
+
+    found = []
+    for prompt, answer in texts:
+        logits = held(mx.array([[*prompt, *answer][:-1]]))[0, len(prompt) - 1 :].astype(mx.float32)
+        every = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        found.append(np.array(mx.take_along_axis(every, mx.array(answer)[:, None], axis=-1)[:, 0]))
+    return np.concatenate(found).tolist()
+
+
+def about(options: Options) -> str:
+    """What stands above the table."""
+    return (
+        f"A random Llama of 38 million parameters with LoRA of rank 16, unmerged; {PROMPTS * options.size} prompts "
+        "of mixed length (mean 200), two answers each at temperature 0.7 of at most 384 tokens, and 25 ids that end "
+        "one, so that lengths vary. Seconds are per sampled token. mlx-lm gets every prompt twice, and computes it "
+        "twice; as it comes (8 prompts read at a time, 32 answers decoded together), and all at once, sorted by "
+        "length and without asking for log-probabilities. Each draws its own texts, but tokens are counted. Equality: "
+        "our recorded log-probabilities against mlx-lm's model on the same ids. The rate in bytes counts the weights "
+        "once per step of the longest answer."
+    )
+
+
+SUITE = Suite(
+    name="mlx_sample",
+    title="Sampling two answers a prompt, in MLX",
+    unit="token",
+    about=about,
+    contestants=contestants,
+    claims=[
+        Claim("mlx-lm batch_generate with log-probs / ours", PEER, OURS),
+        Claim("mlx-lm batch_generate, all at once, no log-probs / ours", PEER_SILENT, OURS),
+        Claim("memory: mlx-lm batch_generate with log-probs / ours", PEER, OURS, of="memory"),
+    ],
+    framework="mlx",
+)
+
+if __name__ == "__main__":
+    main(SUITE)
