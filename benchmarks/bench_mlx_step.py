@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contestants import ALPHA, LAMBDA, NO_CLIPPING, refined, shown_step
-from side_by_side import Claim, Contestant, Done, Options, Ready, Shown, Suite, Unavailable, installed, main
+from contestants import ALPHA, LAMBDA, Step, ours, plain, recorded_sums, refined, stepping
+from machine import installed
+from side_by_side import Claim, Contestant, Options, Shown, Suite, Unavailable, main
 from workloads import ALPHA as LORA_ALPHA
-from workloads import BETA, POLICY, PREVIOUS, QUICK, RANK, Lengths, adapter, described, model, pairs
+from workloads import BETA, RANK, described_step, model_and_adapters, pairs, scale
 
 from spa_lite.records import Row
 
@@ -31,73 +32,37 @@ PAIRS = 4
 
 def rows_of(options: Options) -> list[Row]:
     """The pairs of one step."""
-    return pairs(PAIRS, 384 if options.quick else 8192, QUICK if options.quick else Lengths())
+    return pairs(PAIRS, *scale(options.quick))
 
 
 def contestants(options: Options) -> list[Contestant]:
     """All who can do a step on the same weights and ids."""
-    base = model(options.folder, options.quick)
-    policy, previous = (adapter(options.folder, base, name) for name in (POLICY, PREVIOUS))
+    base, policy, previous = model_and_adapters(options.folder, options.quick)
     rows = rows_of(options)
 
-    def own(objective: Callable[[], Any], known: str = "") -> Callable[[], Ready]:
-        def make() -> Ready:
-            backend = ours(options, base, policy, previous)
-            given = known_of(backend, rows, known == "states") if known else None
-            last: list[Any] = []
+    def own(objective: Callable[[], Any], known: str = "") -> Callable[[], Step]:
+        def load() -> Step:
+            backend = ours(options, base, policy, previous, framework="mlx")
+            return Step(backend, objective, known_of(backend, rows, known == "states") if known else None)
 
-            def go() -> Done:
-                last[:] = [backend.dpo_step(rows, objective(), 0.0, given)]
-                return Done(len(rows))
+        return load
 
-            return Ready(go, lambda: shown_step(backend, last[0]))
-
-        return make
-
-    def stepping(peer: Callable[[], Any]) -> Callable[[], Ready]:
-        def make() -> Ready:
-            made = peer()
-
-            def go() -> Done:
-                made.step(rows)
-                return Done(len(rows))
-
-            return Ready(go, made.shown)
-
-        return make
-
-    def theirs(batch: int) -> Callable[[], Any]:
+    def theirs(batch: int) -> Callable[[], Peer]:
         return lambda: Peer(options, base, policy, previous, batch)
 
+    def loop(mixed: bool) -> Callable[[], Loop]:
+        return lambda: Loop(options, base, policy, previous, mixed)
+
     return [
-        Contestant(PLAIN, own(plain), like=LOOP),
-        Contestant(PLAIN_KNOWN, own(plain, "sums"), like=PLAIN),
-        Contestant(REFINED, own(refined), like=LOOP_MIXED),
-        Contestant(REFINED_KNOWN, own(refined, "states"), like=REFINED),
-        Contestant(PEER, stepping(theirs(PAIRS)), like=PLAIN),
-        Contestant(PEER_TUNED, stepping(theirs(1)), like=PLAIN),
-        Contestant(LOOP, stepping(lambda: Loop(options, base, policy, previous, False)), like=PLAIN),
-        Contestant(LOOP_MIXED, stepping(lambda: Loop(options, base, policy, previous, True)), like=REFINED),
+        Contestant(PLAIN, stepping(rows, own(plain)), like=LOOP),
+        Contestant(PLAIN_KNOWN, stepping(rows, own(plain, "sums")), like=PLAIN),
+        Contestant(REFINED, stepping(rows, own(refined)), like=LOOP_MIXED),
+        Contestant(REFINED_KNOWN, stepping(rows, own(refined, "states")), like=REFINED),
+        Contestant(PEER, stepping(rows, theirs(PAIRS)), like=PLAIN),
+        Contestant(PEER_TUNED, stepping(rows, theirs(1)), like=PLAIN),
+        Contestant(LOOP, stepping(rows, loop(False)), like=PLAIN),
+        Contestant(LOOP_MIXED, stepping(rows, loop(True)), like=REFINED),
     ]
-
-
-def plain() -> Any:
-    """Plain DPO."""
-    from spa_lite.objective import Dpo
-
-    return Dpo(BETA)
-
-
-def ours(options: Options, base: Path, policy: Path, previous: Path) -> Any:
-    """The MLX backend with its roles, ready to train."""
-    from spa_lite import backends
-    from spa_lite.backend import POLICY, PREVIOUS, ModelSettings, Optimizer
-
-    backend: Any = backends.load("mlx", ModelSettings(str(base), device=options.device, dtype=options.dtype))
-    backend.bind(PREVIOUS, previous)
-    backend.bind(POLICY, policy)
-    backend.start_training(Optimizer(max_grad_norm=NO_CLIPPING))
-    return backend
 
 
 def known_of(backend: Any, rows: Sequence[Row], states: bool) -> Any:
@@ -108,10 +73,9 @@ def known_of(backend: Any, rows: Sequence[Row], states: bool) -> Any:
     from spa_lite.backends.mlx_sampling import to_host
     from spa_lite.backends.packing import pack
 
-    scores = dict(backend.logprob(rows, PREVIOUS))
-    sums = np.array([score.logp for index in range(len(rows)) for score in scores[index]])
+    known = recorded_sums(backend, rows)
     if not states:
-        return Known(sums)
+        return known
     backend._enter(PREVIOUS)
     kept = []
     for row in rows:
@@ -119,7 +83,7 @@ def known_of(backend: Any, rows: Sequence[Row], states: bool) -> Any:
         arrays = (packed.ids, packed.positions, packed.segments, packed.places)
         found = to_host(backend.net.states([mx.array(array) for array in arrays], False))
         kept += np.split(found, packed.lengths.cumsum()[:-1])
-    return Known(sums, tuple(kept))
+    return Known(known.sums, tuple(kept))
 
 
 def worn(options: Options, base: Path, folder: Path) -> Any:
@@ -300,12 +264,10 @@ SUITE = Suite(
     title="A DPO step with LoRA, in MLX",
     unit="pair",
     about=(
-        "A random Llama of 38 million parameters (10 layers of 512, vocabulary 8,192), LoRA of rank 16 on every "
-        "linear layer, one optimizer step (learning rate 0, so that all goes are the same) on "
-        f"{described(pairs(PAIRS, 8192, Lengths()))}. mlx-lm-lora default: all pairs in one padded batch (its default "
-        "is batches of 4), the reference in every step; tuned: a pair at a time, accumulated. Its loss and batches are "
-        "called directly, compiled as its trainer does, since the trainer needs Metal. The plain loop does four "
-        "forwards over full float32 logits of padded batches."
+        f"{described_step(pairs(PAIRS, *scale(quick=False)))} mlx-lm-lora default: all pairs in one padded batch "
+        "(its default is batches of 4), the reference in every step; tuned: a pair at a time, accumulated. Its loss "
+        "and batches are called directly, compiled as its trainer does, since the trainer needs Metal. The plain loop "
+        "does four forwards over full float32 logits of padded batches."
     ),
     contestants=contestants,
     claims=[

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contestants import Generate, Loop, Scorer, Trl, peft_model, texts_of
+from contestants import texts_of
+from peers import Generate, Loop, Scorer, Trl, peft_model, stops_of
 from side_by_side import Claim, Contestant, Done, Options, Ready, Shown, Suite, main
-from workloads import BETA, POLICY, QUICK, Lengths, adapter, model, prompts
+from workloads import BETA, POLICY, adapter, model, prompts, scale
 
 from spa_lite.records import Ids, Judgement, Row
 
@@ -49,8 +50,7 @@ def worlds(options: Options) -> Iterator[World]:
         8,
     )
     base = model(options.folder, options.quick)
-    vocabulary, lengths = (384, QUICK) if options.quick else (8192, Lengths())
-    asked = prompts(4 * options.size, vocabulary, lengths, seed=3)
+    asked = prompts(4 * options.size, *scale(options.quick), seed=3)
     yield World("Llama", base, adapter(options.folder, base, POLICY), asked, 24 if options.quick else 256, 4, 4)
 
 
@@ -199,14 +199,6 @@ def judge(scorer: Scorer, rows: Sequence[Row]) -> list[tuple[float, float]]:
         on, off = scorer.per_token(texts), scorer.per_token(texts, base=True)
         sides.append([float(np.sum(a) - np.sum(b)) for a, b in zip(on, off, strict=True)])
     return list(zip(*sides, strict=True))
-
-
-def stops_of(base: Path) -> list[int]:
-    """Ids that end an answer, as the model's folder says."""
-    from transformers import GenerationConfig
-
-    ends = GenerationConfig.from_pretrained(base).eos_token_id
-    return sorted(ends) if isinstance(ends, list) else [ends]
 
 
 def claims() -> Iterator[Claim]:

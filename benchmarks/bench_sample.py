@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from contestants import Generate, Scorer, Text, ours, peft_model
+from contestants import Text, ours
+from peers import Generate, Scorer, peft_model, stops_of
 from side_by_side import Claim, Contestant, Done, Options, Ready, Shown, Suite, Unavailable, main
-from workloads import POLICY, QUICK, Lengths, adapter, model, prompts
+from workloads import POLICY, adapter, model, prompts, scale
 
 from spa_lite.records import Completion
 
@@ -28,8 +29,7 @@ def contestants(options: Options) -> list[Contestant]:
     average. Equality: the recorded log-probs of our answers are what the peers' model gives the same ids."""
     base = model(options.folder, options.quick)
     policy = adapter(options.folder, base, POLICY)
-    lengths = QUICK if options.quick else Lengths()
-    asked = prompts(PROMPTS * options.size, 384 if options.quick else 8192, lengths, seed=2)
+    asked = prompts(PROMPTS * options.size, *scale(options.quick), seed=2)
     most = 24 if options.quick else 384
     drawn: list[tuple[Text, Completion]] = []  # the last of ours
 
@@ -120,13 +120,6 @@ def contestants(options: Options) -> list[Contestant]:
         Contestant(STATIC, peer(compiled), like=OURS),
         Contestant(CONTINUOUS, peer(continuous), like=OURS),
     ]
-
-
-def stops_of(base: Any) -> list[int]:
-    """Ids that end an answer, as the model's folder says."""
-    from transformers import GenerationConfig
-
-    return sorted(GenerationConfig.from_pretrained(base).eos_token_id)
 
 
 def weights(base: Any, options: Options) -> float:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
-from contestants import Scorer, Text, ours, peft_model, texts_of
-from side_by_side import Claim, Contestant, Done, Options, Ready, Shown, Suite, main
-from workloads import POLICY, QUICK, Lengths, adapter, described, model, pairs
+from contestants import Text, every_text, ours, texts_of, valued
+from peers import Scorer, peft_model
+from side_by_side import Claim, Contestant, Options, Ready, Suite, main
+from workloads import POLICY, adapter, described, model, pairs, scale
 
 from spa_lite.records import Row
 
@@ -27,8 +29,7 @@ Passes = Callable[[Scorer, bool], list[np.ndarray[Any, Any]]]
 
 def rows_of(options: Options) -> list[Row]:
     """The pairs that are judged."""
-    quick = options.quick
-    return pairs(PAIRS * options.size, 384 if quick else 8192, QUICK if quick else Lengths(), seed=1)
+    return pairs(PAIRS * options.size, *scale(options.quick), seed=1)
 
 
 def contestants(options: Options) -> list[Contestant]:
@@ -36,7 +37,7 @@ def contestants(options: Options) -> list[Contestant]:
     base = model(options.folder, options.quick)
     policy = adapter(options.folder, base, POLICY)
     rows = rows_of(options)
-    texts = [(row.prompt, response) for row in rows for response in row.responses]
+    texts = every_text(rows)
 
     def own(recorded: bool) -> Callable[[], Ready]:
         def make() -> Ready:
@@ -45,29 +46,22 @@ def contestants(options: Options) -> list[Contestant]:
 
             backend = ours(options, base, policy, training=False)
             kept = scores(backend, rows, ROLE) if recorded else None
-            last: list[Any] = []
 
-            def go() -> Done:
+            def work() -> Any:
                 if recorded:  # a few are scored again, to see whether the recorded ones may be taken
                     scores(backend, rows[: math.ceil(CHECKED * len(rows))], ROLE)
                 mine = kept if kept is not None else scores(backend, rows, ROLE)
-                last[:] = [mine - scores(backend, rows, INIT)]
-                return Done(len(rows))
+                return mine - scores(backend, rows, INIT)
 
-            return Ready(go, lambda: Shown(values=last[0]))
+            return valued(len(rows), work)
 
         return make
 
     def peer(passes: Passes, tuned: bool = False) -> Callable[[], Ready]:
         def make() -> Ready:
             scorer = Scorer(peft_model(options, base, policy), options, tuned)
-            last: list[Any] = []
-
-            def go() -> Done:
-                last[:] = [np.concatenate(passes(scorer, False)) - np.concatenate(passes(scorer, True))]
-                return Done(len(rows))
-
-            return Ready(go, lambda: Shown(values=last[0]))
+            both = partial(passes, scorer)
+            return valued(len(rows), lambda: np.concatenate(both(False)) - np.concatenate(both(True)))
 
         return make
 

@@ -5,13 +5,14 @@ python benchmarks/bench_step.py [--quick] [--rounds 5] [--only TEXT]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from contestants import Loop, Scorer, Trl, ours, peft_model, refined, shown_step
-from side_by_side import Claim, Contestant, Done, Options, Ready, Suite, main
-from workloads import BETA, POLICY, PREVIOUS, QUICK, Lengths, adapter, described, model, pairs
+from contestants import Step, Text, every_text, ours, plain, refined, stepping
+from peers import Loop, Scorer, Trl, peft_model
+from side_by_side import Claim, Contestant, Options, Suite, main
+from workloads import described_step, model_and_adapters, pairs, scale
 
 from spa_lite.records import Row
 
@@ -25,48 +26,27 @@ PAIRS = 8
 
 def rows_of(options: Options) -> list[Row]:
     """The pairs of one step."""
-    return pairs(PAIRS * options.size, 384 if options.quick else 8192, QUICK if options.quick else Lengths())
+    return pairs(PAIRS * options.size, *scale(options.quick))
 
 
 def contestants(options: Options) -> list[Contestant]:
     """All who can do a step on the same weights and ids."""
-    base = model(options.folder, options.quick)
-    policy, previous = (adapter(options.folder, base, name) for name in (POLICY, PREVIOUS))
+    base, policy, previous = model_and_adapters(options.folder, options.quick)
     rows = rows_of(options)
 
-    def own(objective: Callable[[], Any], known: str = "") -> Callable[[], Ready]:
-        def make() -> Ready:
+    def own(objective: Callable[[], Any], known: str = "") -> Callable[[], Step]:
+        def load() -> Step:
             backend = ours(options, base, policy, previous)
-            given = None if not known else what_is_known(options, rows, known == "states")
-            last: list[Any] = []
+            return Step(backend, objective, what_is_known(known == "states") if known else None)
 
-            def go() -> Done:
-                last[:] = [backend.dpo_step(rows, objective(), 0.0, given)]
-                return Done(len(rows))
+        return load
 
-            return Ready(go, lambda: shown_step(backend, last[0]))
-
-        return make
-
-    def what_is_known(options: Options, rows: Sequence[Row], states: bool) -> Any:
+    def what_is_known(states: bool) -> Any:
         from spa_lite.backend import Known
 
-        reference = peft_model(options, base, previous)
-        texts = [text for row in rows for text in zip((row.prompt,) * 2, row.responses, strict=True)]
+        reference, texts = peft_model(options, base, previous), every_text(rows)
         sums = np.array([values.sum() for values in Scorer(reference, options).per_token(texts, batch=1)])
         return Known(sums, tuple(states_of(reference, text) for text in texts) if states else None)
-
-    def stepping(peer: Callable[[], Any]) -> Callable[[], Ready]:
-        def make() -> Ready:
-            made = peer()
-
-            def go() -> Done:
-                made.step(rows)
-                return Done(len(rows))
-
-            return Ready(go, made.shown)
-
-        return make
 
     def loop(batch: int, ordered: bool) -> Callable[[], Loop]:
         return lambda: Loop(options, peft_model(options, base, policy, previous), True, batch, ordered)
@@ -75,25 +55,18 @@ def contestants(options: Options) -> list[Contestant]:
         return lambda: Trl(options, base, policy, previous, batch, **settings)
 
     return [
-        Contestant(PLAIN, own(plain, "sums")),
-        Contestant(REFINED, own(refined), like=LOOP),
-        Contestant(REFINED_KNOWN, own(refined, "states"), like=REFINED),
-        Contestant(TRL, stepping(trl(min(8, len(rows)), checkpointed=True)), like=PLAIN),
-        Contestant(TRL_TUNED, stepping(trl(1, checkpointed=False, ordered=True)), like=PLAIN),
-        Contestant(TRL_KNOWN, stepping(trl(1, checkpointed=False, ordered=True, known=rows)), like=PLAIN),
-        Contestant(LOOP, stepping(loop(len(rows), False)), like=REFINED),
-        Contestant(LOOP_TUNED, stepping(loop(1, True)), like=LOOP),
+        Contestant(PLAIN, stepping(rows, own(plain, "sums"))),
+        Contestant(REFINED, stepping(rows, own(refined)), like=LOOP),
+        Contestant(REFINED_KNOWN, stepping(rows, own(refined, "states")), like=REFINED),
+        Contestant(TRL, stepping(rows, trl(min(8, len(rows)), checkpointed=True)), like=PLAIN),
+        Contestant(TRL_TUNED, stepping(rows, trl(1, checkpointed=False, ordered=True)), like=PLAIN),
+        Contestant(TRL_KNOWN, stepping(rows, trl(1, checkpointed=False, ordered=True, known=rows)), like=PLAIN),
+        Contestant(LOOP, stepping(rows, loop(len(rows), False)), like=REFINED),
+        Contestant(LOOP_TUNED, stepping(rows, loop(1, True)), like=LOOP),
     ]
 
 
-def plain() -> Any:
-    """Plain DPO."""
-    from spa_lite.objective import Dpo
-
-    return Dpo(BETA)
-
-
-def states_of(model: Any, text: tuple[Sequence[int], Sequence[int]]) -> Any:
+def states_of(model: Any, text: Text) -> Any:
     """What the head reads where each token of an answer is predicted [tokens, width]."""
     import torch
 
@@ -109,9 +82,7 @@ def states_of(model: Any, text: tuple[Sequence[int], Sequence[int]]) -> Any:
 def about(options: Options) -> str:
     """What stands above the table."""
     return (
-        "A random Llama of 38 million parameters (10 layers of 512, vocabulary 8,192), LoRA of rank 16 on every "
-        "linear layer, one optimizer step (learning rate 0, so that all goes are the same) on "
-        f"{described(rows_of(options))}. TRL default: all pairs in one padded batch, every layer "
+        f"{described_step(rows_of(options))} TRL default: all pairs in one padded batch, every layer "
         "checkpointed, as its defaults have it; tuned: sorted, no checkpointing, a pair at a time (nothing is padded "
         "but within the pair; the plain loop, run both ways, shows what that is worth here). Its loss is called "
         "directly, without data loader and logging. The plain loop does four forwards over full logits, mixes them, "

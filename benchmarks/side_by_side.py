@@ -15,34 +15,27 @@ A suite is a function that names its contestants and what is claimed of them; `m
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+from machine import ceiling, device_name, gauges, installed, now, operations, versions
+from pages import PAGE, RESULTS, table, with_tables
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "speed.md"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}
 COSINE = 0.999
 ROUNDS = 5
-LIBRARIES = ("spa-lite", "torch", "transformers", "peft", "trl", "mlx", "mlx-lm", "mlx-lm-lora", "numpy")
 TWIN = "the first again"
 
 
@@ -184,15 +177,6 @@ def settle() -> None:
         torch.set_num_threads(1)
 
 
-def installed(package: str) -> bool:
-    """Whether a package is there, by the name of its distribution."""
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 # --- the comparison ----------------------------------------------------------------------------------------------
 
 
@@ -231,7 +215,7 @@ def compared(suite: Suite, options: Options, rounds: int, only: str = "") -> dic
         "date": datetime.now(UTC).date().isoformat(),
         "command": command(suite, options, rounds),
         "rounds": rounds,
-        "ceiling": ceiling(suite.framework, options),
+        "ceiling": ceiling(suite.framework, options.device, options.dtype, options.quick),
         "agreement": agreed,
         "contestants": {
             name: {
@@ -338,59 +322,6 @@ def counted(suite: Suite, made: Ready, options: Options) -> Timed:
         return a_go(Ready(lambda: replace(made.go(), flops=float(total[0]) or None)), options.device)
 
 
-@contextmanager
-def operations() -> Iterator[list[int]]:
-    """Counts what PyTorch is asked to do inside the block, in this thread; into a list of one number."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils.flop_counter import flop_registry
-
-    aten = torch.ops.aten
-    known = dict(flop_registry)  # which lacks the attention of the CPU
-    known[aten._scaled_dot_product_flash_attention_for_cpu] = known[aten._scaled_dot_product_flash_attention]
-    known[aten._scaled_dot_product_flash_attention_for_cpu_backward] = known[
-        aten._scaled_dot_product_flash_attention_backward
-    ]
-    total = [0]
-
-    @cache
-    def composite(func: Any) -> bool:  # inside inference mode some operations arrive whole
-        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
-
-    class Counter(TorchDispatchMode):  # type: ignore[misc]
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            count = known.get(func._overloadpacket)
-            if count is None and composite(func):
-                with self:
-                    return func.decompose(*args, **kwargs or {})
-            made = func(*args, **kwargs or {})
-            total[0] += count(*args, **kwargs or {}, out_val=made) if count else 0
-            return made
-
-    with Counter():
-        yield total
-
-
-def now(device: str) -> float:
-    """Seconds: of processor time, or of the clock once a GPU has done all it was asked for."""
-    if device == "cpu":
-        return time.process_time()
-    at_rest(device)
-    return time.perf_counter()
-
-
-def at_rest(device: str) -> None:
-    """Wait for a GPU: `cuda` is PyTorch's, `gpu` is MLX's."""
-    if device == "gpu":
-        import mlx.core as mx
-
-        mx.synchronize()
-    else:
-        import torch
-
-        torch.cuda.synchronize()
-
-
 def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
     """Round by round."""
     return [a / b for a, b in zip(slow, fast, strict=True)]
@@ -443,173 +374,6 @@ def alone(suite: Suite, options: Options, name: str) -> dict[str, float]:
     held = before()
     ready.go()
     return {"peak_bytes": peak(), "work_bytes": peak() - held}
-
-
-def gauges(device: str) -> tuple[Callable[[], int], Callable[[], int]]:
-    """What reads the bytes in use, and the most so far, which starts here."""
-    if device == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
-    if device == "gpu":
-        import mlx.core as mx
-
-        mx.reset_peak_memory()
-        return mx.get_active_memory, mx.get_peak_memory
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the largest resident set so far
-    return lambda: resident("VmRSS"), lambda: resident("VmHWM")
-
-
-def resident(line: str) -> int:
-    """Bytes, from a line of /proc/self/status."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(re.findall(rf"{line}:\s+(\d+) kB", status)[0]) * 1024
-
-
-# --- the machine -------------------------------------------------------------------------------------------------
-
-
-def ceiling(framework: str, options: Options) -> dict[str, float]:
-    """Operations per second of a matrix product, and bytes per second of a copy (read and written): best of five."""
-    size, numbers = (256, 2**20) if options.quick else (1536, 2**26) if options.device == "cpu" else (8192, 2**30)
-    product, copy = (mlx_probes if framework == "mlx" else torch_probes)(size, numbers, options)
-    width = 4 if options.dtype == "float32" else 2
-    return {"flops": 2 * size**3 / best(product, options), "bytes": 2 * width * numbers / best(copy, options)}
-
-
-def best(work: Callable[[], Any], options: Options) -> float:
-    """The least seconds of five goes, after one that does not count."""
-    spent = []
-    for _ in range(6):
-        begun = now(options.device)
-        work()
-        spent.append(now(options.device) - begun)
-    return max(min(spent[1:]), 1e-9)
-
-
-def torch_probes(size: int, numbers: int, options: Options) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """A product of two squares, and a copy."""
-    import torch
-
-    kind = {"dtype": getattr(torch, options.dtype), "device": options.device}
-    a, b = torch.rand(size, size, **kind), torch.rand(size, size, **kind)
-    source, target, out = torch.rand(numbers, **kind), torch.zeros(numbers, **kind), torch.empty(size, size, **kind)
-    return lambda: torch.mm(a, b, out=out), lambda: target.copy_(source)
-
-
-def mlx_probes(size: int, numbers: int, options: Options) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """The same in MLX."""
-    import mlx.core as mx
-
-    kind = getattr(mx, options.dtype)
-    a, b, source = (mx.random.uniform(shape=shape).astype(kind) for shape in ((size, size), (size, size), (numbers,)))
-    mx.eval(a, b, source)
-    return lambda: mx.eval(a @ b), lambda: mx.eval(source + 1)
-
-
-def device_name(device: str) -> str:
-    """What the work ran on, in words."""
-    if device == "cuda":
-        import torch
-
-        return str(torch.cuda.get_device_name())
-    if device == "gpu":
-        import mlx.core as mx
-
-        return str(mx.device_info().get("device_name", platform.machine()))
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text(encoding="utf-8")) if info.exists() else []
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, of which one was used"
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of every library that may matter, as far as it is installed."""
-    found = {name: importlib.metadata.version(name) for name in LIBRARIES if installed(name)}
-    return {"python": platform.python_version()} | found
-
-
-# --- tables ------------------------------------------------------------------------------------------------------
-
-
-def table(found: Mapping[str, Any]) -> str:
-    """A result as Markdown: who took how long, what that means, and who could not run."""
-    top, unit = found["ceiling"], found["unit"]
-    lines = [
-        f"# {found['title']}",
-        "",
-        found["about"],
-        "",
-        f"`{found['command']}`, {found['date']}. {found['device']}; {found['dtype']}, one thread. "
-        + ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-        + f". Seconds of {'processor time' if found['clock'] == 'cpu' else 'the clock'}, medians of "
-        f"{found['rounds']} rounds. In the same run a matrix product reached {top['flops'] / 1e9:,.0f} GFLOP/s and a "
-        f"copy {top['bytes'] / 1e9:,.1f} GB/s.",
-        "",
-        f"| who | s per {unit} | least to most | first go | GFLOP per {unit} | rates (of the product, of the copy) "
-        "| memory for the work, MiB | of the process, MiB | agrees with |",
-        "| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | --- |",
-        *(row(name, each, found) for name, each in found["contestants"].items()),
-        *(f"| {name} | not run: {reason} | | | | | | | |" for name, reason in found["missing"].items()),
-        "",
-        "| ratio | median | least to most | target | reached |",
-        "| --- | ---: | ---: | ---: | --- |",
-        *(claimed(claim) for claim in found["claims"]),
-        "| the same code twice (noise) | {median:.2f} | {least:.2f} to {most:.2f} | | |".format(**found["noise"]),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def row(name: str, each: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """One contestant."""
-    spent, top, agreed = each["seconds"], found["ceiling"], found["agreement"].get(name, {})
-    rates = [
-        f"{each[what] / each['median'] / 1e9:,.3g} {unit} ({each[what] / each['median'] / top[what]:.0%})"
-        for what, unit in (("flops", "GFLOP/s"), ("bytes", "GB/s"))
-        if each[what]
-    ]
-    apart = [f"{what} {agreed[what]:.0e}" for what in ("loss", "values") if what in agreed]
-    apart += [f"cosine {agreed['cosine']:.6f}"] if "cosine" in agreed else []
-    cells = [
-        name,
-        number(each["median"]),
-        f"{number(min(spent))} to {number(max(spent))}",
-        number(each["first"]),
-        number(each["flops"] / 1e9) if each["flops"] else "",
-        ", ".join(rates),
-        *(f"{each[key] / 2**20:,.0f}" if key in each else "" for key in ("work_bytes", "peak_bytes")),
-        f"{agreed['like']}: {', '.join(apart)}" if agreed else "",
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def number(value: float) -> str:
-    """Three digits that count."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def claimed(claim: Mapping[str, Any]) -> str:
-    """One claim."""
-    target = f"at least {claim['at_least']:g}" if claim["at_least"] is not None else ""
-    target = f"at most {claim['at_most']:g}" if claim["at_most"] is not None else target
-    if "median" not in claim:
-        return f"| {claim['text']} | not measured | | {target} | |"
-    wide = f"{claim['least']:.2f} to {claim['most']:.2f}" if "least" in claim else ""
-    reached = {True: "yes", False: "no", None: ""}[claim["reached"]]
-    return f"| {claim['text']} | {claim['median']:.2f} | {wide} | {target} | {reached} |"
-
-
-def with_tables(page: str, results: Path = RESULTS) -> str:
-    """The page with the newest table of every suite between its two marks."""
-
-    def fresh(found: re.Match[str]) -> str:
-        name = found[1]
-        path = results / f"{name}.json"
-        text = "Not measured yet.\n" if not path.exists() else table(json.loads(path.read_text(encoding="utf-8")))
-        text = re.sub(r"^# ", "### ", text, flags=re.M)
-        return f"<!-- table: {name} -->\n\n{text}\n<!-- end: {name} -->"
-
-    return re.sub(r"<!-- table: (\w+) -->.*?<!-- end: \1 -->", fresh, page, flags=re.S)
 
 
 if __name__ == "__main__":

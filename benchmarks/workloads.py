@@ -78,6 +78,12 @@ def adapter(folder: Path, base: Path, name: str) -> Path:
     return place
 
 
+def model_and_adapters(folder: Path, quick: bool) -> tuple[Path, Path, Path]:
+    """The random Llama, the policy's adapter and the previous one's."""
+    base = model(folder, quick)
+    return base, adapter(folder, base, POLICY), adapter(folder, base, PREVIOUS)
+
+
 def plain_model(base: Path, options: Any = None) -> Any:
     """The model as transformers loads it."""
     import torch
@@ -97,6 +103,11 @@ def sizes(count: int, mean: float, lengths: Lengths, rng: Any) -> list[int]:
     shares = (np.arange(count) + 0.5) / count
     logs = np.log(mean) - lengths.spread**2 / 2 + lengths.spread * np.array([NormalDist().inv_cdf(s) for s in shares])
     return [int(size) for size in rng.permutation(np.clip(np.exp(logs).round(), lengths.least, lengths.most))]
+
+
+def scale(quick: bool) -> tuple[int, Lengths]:
+    """Vocabulary and lengths: the random Llama's, or what --quick takes."""
+    return (SMALL["vocab_size"], QUICK) if quick else (LLAMA["vocab_size"], Lengths())
 
 
 def prompts(count: int, vocabulary: int, lengths: Lengths, seed: int = 0) -> list[Ids]:
@@ -128,4 +139,12 @@ def described(rows: Sequence[Row]) -> str:
     return (
         f"{len(rows)} pairs; prompts of {min(asked)} to {max(asked)} tokens (mean {np.mean(asked):.0f}), answers of "
         f"{min(answers)} to {max(answers)} (mean {np.mean(answers):.0f})"
+    )
+
+
+def described_step(rows: Sequence[Row]) -> str:
+    """The model and the work of one optimizer step, in words."""
+    return (
+        "A random Llama of 38 million parameters (10 layers of 512, vocabulary 8,192), LoRA of rank 16 on every "
+        f"linear layer, one optimizer step (learning rate 0, so that all goes are the same) on {described(rows)}."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,16 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
-def script() -> Any:
+def load() -> Iterator[Callable[[str], Any]]:
+    """Modules of benchmarks/, which are scripts, by name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
-        yield importlib.import_module("bench_gpu")
+        yield importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def script(load: Callable[[str], Any]) -> Any:
+    return load("bench_gpu")
 
 
 def goes(script: Any, folder: Path, parts: list[str], rounds: int) -> list[Any]:
@@ -77,13 +84,15 @@ def test_a_part_stops_when_its_time_is_over(script: Any) -> None:
         threading.Event().wait(10)
 
 
-def test_nothing_is_timed_that_differs(script: Any) -> None:
+def test_nothing_is_timed_that_differs(load: Callable[[str], Any]) -> None:
+    lines = load("gpu_lines")
     found = {"values": 0.5, "faults": ["ours and theirs: values differ by 0.5 (8 and 8 of them)"]}
-    with pytest.raises(script.Differs, match=r"differ by 0\.5"):
-        script.agreed("score-1b", found, "ours")
+    with pytest.raises(lines.Differs, match=r"differ by 0\.5"):
+        lines.agreed("score-1b", found, "ours")
 
 
-def test_the_better_answer_comes_first(script: Any) -> None:
+def test_the_better_answer_comes_first(load: Callable[[str], Any]) -> None:
+    parts = load("gpu_parts")
     asked, answers = [(1,), (2,)], [((3,), (4,)), ((5,), (6,))]
-    rows = script.labelled(asked, answers, script.better_first([0.5, 0.1, -2.0, -1.0]))
+    rows = parts.labelled(asked, answers, parts.better_first([0.5, 0.1, -2.0, -1.0]))
     assert [row.responses for row in rows] == [((3,), (4,)), ((6,), (5,))]

@@ -44,7 +44,7 @@ def test_a_suite_runs(
     assert not list(tmp_path.iterdir())
     if name == "step":
         ran = "TRL default | not run" not in told
-        assert ran == load("side_by_side").installed("trl")
+        assert ran == load("machine").installed("trl")
         assert ran or "TRL is not installed here (make peers installs it)" in told
 
 
@@ -86,7 +86,7 @@ def test_a_contestant_that_cannot_run_is_named(load: Callable[[str], Any]) -> No
     found = side.compared(suite(side, contestants, claims), side.Options(Path(), quick=True), 1)
     assert found["missing"] == {"other": "it needs a moon"}
     assert found["claims"] == []
-    assert "| other | not run: it needs a moon |" in side.table(found)
+    assert "| other | not run: it needs a moon |" in load("pages").table(found)
 
 
 def test_ratios_are_of_time_per_unit_within_a_round(
@@ -124,7 +124,7 @@ def test_ratios_are_of_time_per_unit_within_a_round(
 
 def test_operations_are_counted_forwards_and_backwards(load: Callable[[str], Any]) -> None:
     torch = pytest.importorskip("torch")
-    with load("side_by_side").operations() as total:
+    with load("machine").operations() as total:
         a, b = torch.ones(3, 5, requires_grad=True), torch.ones(5, 7)
         (a @ b).sum().backward()
         with torch.inference_mode():
@@ -142,13 +142,13 @@ def test_lengths_are_mixed_and_always_the_same(load: Callable[[str], Any]) -> No
 
 
 def test_the_page_shows_the_newest_results(load: Callable[[str], Any]) -> None:
-    side = load("side_by_side")
+    pages = load("pages")
     text = PAGE.read_text(encoding="utf-8")
-    assert side.with_tables(text) == text, "run: python benchmarks/side_by_side.py --page"
+    assert pages.with_tables(text) == text, "run: python benchmarks/side_by_side.py --page"
     for name in SUITES:
         assert f"<!-- table: {name} -->" in text
-        path = side.RESULTS / f"{name}.json"
+        path = pages.RESULTS / f"{name}.json"
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
-            assert path.with_suffix(".md").read_text(encoding="utf-8") == side.table(found)
+            assert path.with_suffix(".md").read_text(encoding="utf-8") == pages.table(found)
             assert all(not lines["faults"] for lines in found["agreement"].values())
