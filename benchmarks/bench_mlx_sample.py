@@ -9,21 +9,20 @@ On Linux MLX's own matrix library is many times slower than OpenBLAS, hence the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from bench_mlx_step import worn
-from bench_sample import stops_of, weights
-from contestants import Text
+from bench_sample import PROMPTS, TEMPERATURE, drawing, weights
+from contestants import Text, ours
+from peers import stops_of
 from side_by_side import Claim, Contestant, Done, Options, Ready, Shown, Suite, main
-from workloads import POLICY, QUICK, Lengths, adapter, model, prompts
+from workloads import POLICY, adapter, model, prompts, scale
 
 from spa_lite.records import Completion, Ids
 
 OURS = "ours"
 PEER, PEER_SILENT = "mlx-lm batch_generate with log-probs", "mlx-lm batch_generate, all at once, no log-probs"
-PROMPTS, TEMPERATURE = 8, 0.7
 
 
 def contestants(options: Options) -> list[Contestant]:
@@ -31,24 +30,12 @@ def contestants(options: Options) -> list[Contestant]:
     log-probs of our answers are what mlx-lm's model gives the same ids."""
     base = model(options.folder, options.quick)
     policy = adapter(options.folder, base, POLICY)
-    lengths = QUICK if options.quick else Lengths()
-    asked = prompts(PROMPTS * options.size, 384 if options.quick else 8192, lengths, seed=2)
+    asked = prompts(PROMPTS * options.size, *scale(options.quick), seed=2)
     most = 24 if options.quick else 384
     drawn: list[tuple[Text, Completion]] = []  # the last of ours
 
     def own() -> Ready:
-        from spa_lite.backend import Sampling
-        from spa_lite.keys import sample_key
-
-        backend = ours(options, base, policy)
-        keys = [[sample_key(0, 1, str(i), k) for k in range(2)] for i in range(len(asked))]
-
-        def go() -> Done:
-            found = dict(backend.sample(asked, 2, Sampling(TEMPERATURE, 1.0, most), keys))
-            drawn[:] = [((asked[i], c.ids), c) for i in sorted(found) for c in found[i]]
-            return done([len(completion.ids) for _, completion in drawn])
-
-        return Ready(go, lambda: Shown(values=[p for _, completion in drawn for p in completion.logprobs or ()]))
+        return drawing(ours(options, base, policy, training=False, framework="mlx"), asked, most, drawn, done)
 
     def done(tokens: list[int]) -> Done:
         return Done(sum(tokens), bytes=max(tokens) * weights(base, options))
@@ -87,16 +74,6 @@ def contestants(options: Options) -> list[Contestant]:
         Contestant(PEER, peer(silent=False)),
         Contestant(PEER_SILENT, peer(silent=True), like=OURS),
     ]
-
-
-def ours(options: Options, base: Path, policy: Path) -> Any:
-    """The MLX backend, ready to sample."""
-    from spa_lite import backends
-    from spa_lite.backend import POLICY, ModelSettings
-
-    backend: Any = backends.load("mlx", ModelSettings(str(base), device=options.device, dtype=options.dtype))
-    backend.bind(POLICY, policy)
-    return backend
 
 
 def logprobs(held: Any, texts: Sequence[tuple[Ids, Ids]]) -> list[float]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from peers import Generate, Scorer, peft_model, stops_of
 from side_by_side import Claim, Contestant, Done, Options, Ready, Shown, Suite, Unavailable, main
 from workloads import POLICY, adapter, model, prompts, scale
 
-from spa_lite.records import Completion
+from spa_lite.records import Completion, Ids
 
 OURS = "ours"
 EAGER, TUNED = "generate + PEFT, 4 prompts at a time", "generate + PEFT, all at once"
@@ -34,18 +34,7 @@ def contestants(options: Options) -> list[Contestant]:
     drawn: list[tuple[Text, Completion]] = []  # the last of ours
 
     def own() -> Ready:
-        from spa_lite.backend import Sampling
-        from spa_lite.keys import sample_key
-
-        backend = ours(options, base, policy, training=False)
-        keys = [[sample_key(0, 1, str(i), k) for k in range(2)] for i in range(len(asked))]
-
-        def go() -> Done:
-            found = dict(backend.sample(asked, 2, Sampling(TEMPERATURE, 1.0, most), keys))
-            drawn[:] = [((asked[i], c.ids), c) for i in sorted(found) for c in found[i]]
-            return done([len(completion.ids) for _, completion in drawn])
-
-        return Ready(go, lambda: Shown(values=[p for _, completion in drawn for p in completion.logprobs or ()]))
+        return drawing(ours(options, base, policy, training=False), asked, most, drawn, done)
 
     def done(tokens: list[int]) -> Done:
         return Done(sum(tokens), bytes=max(tokens) * weights(base, options))
@@ -120,6 +109,23 @@ def contestants(options: Options) -> list[Contestant]:
         Contestant(STATIC, peer(compiled), like=OURS),
         Contestant(CONTINUOUS, peer(continuous), like=OURS),
     ]
+
+
+def drawing(
+    backend: Any, asked: Sequence[Ids], most: int, drawn: list[tuple[Text, Completion]], done: Callable[..., Done]
+) -> Ready:
+    """Our sampler, any backend's: two answers a prompt, left in `drawn` and shown by their log-probs."""
+    from spa_lite.backend import Sampling
+    from spa_lite.keys import sample_key
+
+    keys = [[sample_key(0, 1, str(i), k) for k in range(2)] for i in range(len(asked))]
+
+    def go() -> Done:
+        found = dict(backend.sample(asked, 2, Sampling(TEMPERATURE, 1.0, most), keys))
+        drawn[:] = [((asked[i], c.ids), c) for i in sorted(found) for c in found[i]]
+        return done([len(completion.ids) for _, completion in drawn])
+
+    return Ready(go, lambda: Shown(values=[p for _, completion in drawn for p in completion.logprobs or ()]))
 
 
 def weights(base: Any, options: Options) -> float:
