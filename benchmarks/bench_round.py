@@ -21,6 +21,9 @@ from workloads import BETA, POLICY, adapter, model, prompts, scale
 from spa_lite.records import Ids, Judgement, Row
 
 TEMPERATURE = 0.7
+ASKED = {"lesson": 128, "Llama": 12}
+"""Prompts of a round. With very few of them our texts, the same in every go, could be short or long by chance, and all
+pairs would be scored again to check the recorded log-probabilities."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,13 @@ def worlds(options: Options) -> Iterator[World]:
         "lesson",
         MODEL_DIR,
         MODEL_DIR.parent / "seed_adapter",
-        lesson_prompts(8 if options.quick else 128 * options.size),
+        lesson_prompts(8 if options.quick else ASKED["lesson"] * options.size),
         48,
         16,
         8,
     )
     base = model(options.folder, options.quick)
-    asked = prompts(4 * options.size, *scale(options.quick), seed=3)
+    asked = prompts(ASKED["Llama"] * options.size, *scale(options.quick), seed=3)
     yield World("Llama", base, adapter(options.folder, base, POLICY), asked, 24 if options.quick else 256, 4, 4)
 
 
@@ -215,7 +218,7 @@ def claims() -> Iterator[Claim]:
 
 def about(options: Options) -> str:
     """What stands above the table."""
-    lesson, llama = 128 * options.size, 4 * options.size
+    lesson, llama = ASKED["lesson"] * options.size, ASKED["Llama"] * options.size
     return (
         f"The lesson's model with its seed adapter ({lesson} prompts of the lesson, answers of at most 48 tokens, "
         f"steps of 16 pairs), and the random Llama of 38 million parameters with LoRA of rank 16 ({llama} prompts of "
