@@ -21,7 +21,7 @@ REFINED = "ours: refined, extrapolated, reference recomputed"
 REFINED_KNOWN = "ours: refined, extrapolated, reference states known"
 TRL, TRL_TUNED, TRL_KNOWN = "TRL default", "TRL tuned", "TRL tuned, reference precomputed"
 LOOP, LOOP_TUNED = "plain loop, decoupled", "plain loop, decoupled, a pair at a time"
-PAIRS = 8
+PAIRS = 4
 
 
 def rows_of(options: Options) -> list[Row]:

@@ -15,6 +15,7 @@ A suite is a function that names its contestants and what is claimed of them; `m
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -202,7 +203,11 @@ def compared(suite: Suite, options: Options, rounds: int, only: str = "") -> dic
         sys.exit(f"{suite.name}: nothing is timed, because the results differ:\n  " + "\n  ".join(faults))
     goes = timed(suite, ready, options, rounds)
     seconds = {name: [go.seconds for go in some] for name, some in goes.items()}
-    memory = {} if options.quick else {name: remembered(suite, options, name) for name in ready}
+    names = list(ready)
+    ready.clear()  # all of them together may hold most of the machine's memory, which is asked for again below
+    made = None
+    gc.collect()
+    memory = {} if options.quick else {name: remembered(suite, options, name) for name in names}
     return {
         "name": suite.name,
         "title": suite.title,
@@ -226,12 +231,10 @@ def compared(suite: Suite, options: Options, rounds: int, only: str = "") -> dic
                 "bytes": goes[name][-1].bytes,
                 **memory.get(name, {}),
             }
-            for name in ready
+            for name in names
         },
-        "noise": spread(ratios(seconds[TWIN], seconds[next(iter(ready))])),
-        "claims": [
-            judged(claim, seconds, memory) for claim in suite.claims if {claim.slow, claim.fast} <= ready.keys()
-        ],
+        "noise": spread(ratios(seconds[TWIN], seconds[names[0]])),
+        "claims": [judged(claim, seconds, memory) for claim in suite.claims if {claim.slow, claim.fast} <= {*names}],
         "missing": missing,
     }
 
