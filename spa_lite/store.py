@@ -86,14 +86,21 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / ".writable"
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # here and below another process may be doing the same
             check_format(self.folder)
-            if not (self.folder / HEAD).exists():
-                write_json(self.folder / HEAD, {"format": FORMAT})
+            self._say_format(self.folder / HEAD)
         except OSError as error:
             raise RunError(
                 f"cannot write to {self.folder}: {error.strerror}; choose another folder with --out"
             ) from None
+
+    def _say_format(self, head: Path) -> None:
+        try:
+            if not head.exists():
+                write_json(head, {"format": FORMAT})
+        except FileNotFoundError:  # it was moved to its place by the other process
+            if not head.exists():
+                raise
 
     def path(self, stage: Stage, name: str = "") -> Path:
         """A path inside a stage's folder."""

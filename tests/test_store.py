@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from spa_lite import store
 from spa_lite.errors import RunError, StaleRun
-from spa_lite.files import move, read_json, write_atomic
+from spa_lite.files import move, read_json, write_atomic, write_json
 from spa_lite.journal import Marked
 from spa_lite.library import Library
 from spa_lite.lock import holder, locked
@@ -374,3 +375,23 @@ def test_moving_a_file_onto_its_other_name_leaves_one(tmp_path: Path) -> None:
     (tmp_path / "b").hardlink_to(tmp_path / "a")
     move(tmp_path / "a", tmp_path / "b")
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_two_processes_begin_a_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one makes or removes, the other may have made or removed just before."""
+    touch, written = Path.touch, write_json
+
+    def removed(path: Path) -> None:
+        touch(path)
+        path.unlink()
+
+    def moved(path: Path, value: Any) -> None:
+        written(path, value)
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(Path, "touch", removed)
+    monkeypatch.setattr(store, "write_json", moved)
+    assert (Run(tmp_path / "run").folder / store.HEAD).exists()
+    monkeypatch.setattr(store, "write_json", lambda path, value: moved(path.with_name("other"), value))
+    with pytest.raises(RunError, match="cannot write to"):
+        Run(tmp_path / "other")
