@@ -174,13 +174,16 @@ class Training:
         """From the peaks of a step with reference and extrapolation, without checkpointing and with all of it.
 
         What a checkpointed layer keeps, its input, is counted. `work` cannot be told from `rest`, which holds it.
+        The peaks that are compared are those of operations one by one: how far MLX allocates ahead of its work depends
+        on what else the machine does, and in a small model that is more than a layer.
         """
         packed = pack([row], self.net.lines_for([row]))
         tokens, layers = padded(packed)[0].size, len(self.net.model.layers)
-        most, least = (self._peak(packed, some) for some in (0, layers))
+        with one_by_one():
+            most, least = (self._peak(packed, some) for some in (0, layers))
         again = tokens * self.net.width * self.net.dtype.size
         layer = max(again, (most - least + layers * again) // max(1, layers - 1))
-        return Activations(tokens, layers, layer, again, work=0, rest=max(0, most - layers * layer))
+        return Activations(tokens, layers, layer, again, work=0, rest=max(0, self._peak(packed, 0) - layers * layer))
 
     def _peak(self, packed: Packed, checkpointed: int) -> int:
         """Bytes that the gradient of these lines takes at its worst moment."""
@@ -327,6 +330,16 @@ def rounded(size: int) -> int:
 def write(target: mx.array, values: Floats32) -> None:
     """Change an evaluated array in place, through the NumPy view of its memory."""
     np.array(target, copy=False)[:] = values
+
+
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """MLX waits for each operation before it allocates for the next, as it does where memory is short."""
+    before = mx.set_memory_limit(0)
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)
 
 
 @contextmanager

@@ -185,18 +185,7 @@ def compared(suite: Suite, options: Options, rounds: int, only: str = "") -> dic
     """Everything that a suite finds out, as plain values. Exits with a sentence where contestants do not agree."""
     every = list(suite.contestants(options))
     chosen = [c for c in every if c is every[0] or only in c.name]
-    ready: dict[str, Ready] = {}
-    first: dict[str, Timed] = {}
-    missing: dict[str, str] = {}
-    for contestant in chosen:
-        tell(suite, f"loading {contestant.name}, one go")
-        try:
-            made = contestant.make()
-            first[contestant.name] = counted(suite, made, options)
-        except Unavailable as error:
-            missing[contestant.name] = str(error)
-            continue
-        ready[contestant.name] = made
+    ready, first, missing = loaded(suite, chosen, options)
     agreed = gate(chosen, ready, options.dtype)
     faults = [line for lines in agreed.values() for line in lines["faults"]]
     if faults:
@@ -205,7 +194,6 @@ def compared(suite: Suite, options: Options, rounds: int, only: str = "") -> dic
     seconds = {name: [go.seconds for go in some] for name, some in goes.items()}
     names = list(ready)
     ready.clear()  # all of them together may hold most of the machine's memory, which is asked for again below
-    made = None
     gc.collect()
     memory = {} if options.quick else {name: remembered(suite, options, name) for name in names}
     return {
@@ -237,6 +225,25 @@ def compared(suite: Suite, options: Options, rounds: int, only: str = "") -> dic
         "claims": [judged(claim, seconds, memory) for claim in suite.claims if {claim.slow, claim.fast} <= {*names}],
         "missing": missing,
     }
+
+
+def loaded(
+    suite: Suite, chosen: Sequence[Contestant], options: Options
+) -> tuple[dict[str, Ready], dict[str, Timed], dict[str, str]]:
+    """Contestants that are ready, their first goes, and why the others cannot run."""
+    ready: dict[str, Ready] = {}
+    first: dict[str, Timed] = {}
+    missing: dict[str, str] = {}
+    for contestant in chosen:
+        tell(suite, f"loading {contestant.name}, one go")
+        try:
+            made = contestant.make()
+            first[contestant.name] = counted(suite, made, options)
+        except Unavailable as error:
+            missing[contestant.name] = str(error)
+            continue
+        ready[contestant.name] = made
+    return ready, first, missing
 
 
 def command(suite: Suite, options: Options, rounds: int) -> str:

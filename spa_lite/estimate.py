@@ -61,7 +61,7 @@ class Habits:
 
     runtime: int  # Python and its libraries; on CUDA the context
     tile: int  # numbers in a tile of logits, unless its least rows have more
-    rows: int
+    rows: int  # tokens in a tile at least
     copies: float  # of a tile, in a training step that extrapolates; half as many in scoring
     read: int  # prompt tokens read at a time
     room: int  # places by which a key-value cache grows
