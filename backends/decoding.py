@@ -137,6 +137,19 @@ class Decoding(ABC):
                 self._leave()
                 yield from ((row.place, row.answer(self.stop_ids)) for row in over)
 
+    def tokens(self, enter: Callable[[], None]) -> Iterator[int]:
+        """Yield the tokens of the only answer one by one, its stop token included: those that `answers` would give."""
+        if not self.limits[0]:
+            return
+        self.look = 1
+        enter()
+        self._refill([0])
+        row = self.rows[0]
+        while not row.over:
+            enter()
+            self._write()
+            yield int(row.parts[-1].tokens[0])
+
     def _sorted(self) -> list[int]:
         """Prompts of like length follow each other, the longest first: if memory runs out, it does so at once."""
         return sorted(range(len(self.prompts)), key=lambda index: -len(self.prompts[index]))

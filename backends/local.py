@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -242,6 +242,16 @@ class LocalBackend(ABC):
                 decoder = self._decoder(some, names, sampling, keep is not None)
                 for index, answers in self._answers(decoder, role, group, keep):
                     yield index, tuple(self._completion(answer) for answer in answers)
+        self._tidy()
+
+    def stream(self, prompt: Ids, sampling: Sampling, key: bytes, role: str = POLICY) -> Generator[int, None, None]:
+        """Yield the tokens of one answer as they are drawn."""
+        self._adapter(role)
+        check_prompts([prompt], 1, [[key]], self.context)
+        self._enter(role)
+        self._groups([prompt], sampling)  # lets the framework find out how it decodes
+        with self._memory_for("one answer was written", "--max-tokens"):
+            yield from self._decoder([prompt], [[key]], sampling, False).tokens(lambda: self._enter(role))
         self._tidy()
 
     def _answers(

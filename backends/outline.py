@@ -104,7 +104,7 @@ class Outline:
     def _refuse(self, *args: Any, **more: Any) -> Any:
         raise BackendError(f"{self.settings.model} was only outlined, without its weights: load the backend to use it")
 
-    bind = sample = logprob = start_training = dpo_step = activations = _refuse
+    bind = sample = stream = logprob = start_training = dpo_step = activations = _refuse
     snapshot = save = restore = unbind = _refuse
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from math import fsum
 from pathlib import Path
 from typing import Any
@@ -204,16 +204,15 @@ class ToyBackend:
                 keep(index, number, logits[steps(prompt, answer.ids)[0]])
             yield index, answers
 
+    def stream(self, prompt: Ids, sampling: Sampling, key: bytes, role: str = POLICY) -> Generator[int, None, None]:
+        """Yield the tokens of one answer as they are drawn."""
+        check_prompts([prompt], 1, [[key]], self.context)
+        limit = min(sampling.max_tokens, self.context - len(prompt))
+        return _tokens(prompt[-1], key, limit, chooser(self.logits(role), sampling))
+
     def _write(self, last: int, key: bytes, limit: int, logprobs: Floats, choose: Chooser) -> Completion:
-        ids: list[int] = []
-        values: list[float] = []
-        while len(ids) < limit and END not in ids[-1:]:
-            if len(ids) % streams.BLOCK == 0:
-                uniforms = streams.uniforms(key, len(ids) // streams.BLOCK)
-            token = choose(last, float(uniforms[len(ids) % streams.BLOCK]))
-            values.append(float(logprobs[last, token]))
-            ids.append(token)
-            last = token
+        ids = list(_tokens(last, key, limit, choose))
+        values = logprobs[[last, *ids[:-1]][: len(ids)], ids].tolist()
         ended = "eos" if ids[-1:] == [END] else "cap"
         return Completion(ids=tuple(ids), text=self.tokenizer.decode(ids), ended=ended, logprobs=tuple(values))  # type: ignore[arg-type]
 
@@ -298,6 +297,17 @@ class Chooser:
         """First id whose cumulative probability exceeds the uniform."""
         row = self.cumulative[last]
         return int(np.searchsorted(row, uniform * row[-1], side="right"))
+
+
+def _tokens(last: int, key: bytes, limit: int, choose: Chooser) -> Generator[int, None, None]:
+    """Yield up to `limit` tokens after `last`, the end token included."""
+    for step in range(limit):
+        if step % streams.BLOCK == 0:
+            uniforms = streams.uniforms(key, step // streams.BLOCK)
+        last = choose(last, float(uniforms[step % streams.BLOCK]))
+        yield last
+        if last == END:
+            return
 
 
 def chooser(logits: Floats, sampling: Sampling) -> Chooser:

@@ -58,7 +58,7 @@ def ablate(
     from spa_lite import ablate as studies
     from spa_lite import backends
     from spa_lite.cli import render, trackers
-    from spa_lite.cli.compare import comparison_tables, markdown
+    from spa_lite.cli.study_table import comparison_tables, markdown
     from spa_lite.compare import write_results
     from spa_lite.files import write_atomic, write_json
     from spa_lite.lock import locked

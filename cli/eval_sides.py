@@ -18,25 +18,18 @@ from spa_lite.lesson import MODEL_DIR
 from spa_lite.models import Models
 from spa_lite.recipe import Recipe
 from spa_lite.records import Prompt, Sample
+from spa_lite.rounds import policies_of
 from spa_lite.stages import folder_digest
 
 
 def stages_of(work: Work) -> list[Side]:
     """init and all that came of it, in order: the stages of the run, or the policy that is named."""
     r = work.recipe
-    init = Path(r.inputs.init_adapter) if r.inputs.init_adapter else None
-    start = Path(r.inputs.adapter_path) if r.inputs.adapter_path else None
-    found = [("init", init)]
-    if work.run and not work.asked_for("inputs.adapter_path"):
-        folders = sorted(work.run.glob("rounds/[0-9]*/adapter"), key=lambda path: int(path.parent.name))
-        found += [("pi_0", start)] if start else []
-        found += [("seed" if p.parent.name == "0" else f"round {p.parent.name}", p) for p in folders]
-    elif start:
-        found.append(("policy", start))
-    elif not (r.inputs.model or r.inputs.init_model):
+    found = policies_of(None if work.asked_for("inputs.adapter_path") else work.run, r)
+    if not (work.run or r.inputs.adapter_path or r.inputs.model or r.inputs.init_model):
         render.note("the built-in model and its seed adapter (give --run, or --model and --adapter-path, for yours)")
-        found.append(("seed adapter", MODEL_DIR.parent / "seed_adapter"))
-    return [Side(name, r, adapter) for name, adapter in found]
+        found["seed adapter"] = MODEL_DIR.parent / "seed_adapter"
+    return [Side(name, r, adapter) for name, adapter in found.items()]
 
 
 def side(work: Work, word: str) -> Side:

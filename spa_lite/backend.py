@@ -7,7 +7,7 @@ a loss per row and one coefficient per response, and the backend differentiates 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -283,6 +283,11 @@ class Backend(Protocol):
 
         `keep` is given each answer's hidden states, before the answer is yielded.
         """
+        ...
+
+    def stream(self, prompt: Ids, sampling: Sampling, key: bytes, role: str = POLICY) -> Generator[int, None, None]:
+        """Yield the token ids of one answer as they are drawn, its stop token included: those that `sample` would give.
+        Whoever has heard enough closes the iterator."""
         ...
 
     def logprob(

@@ -242,6 +242,20 @@ class Numerics:
         single = subject.moved(sample=1)
         assert texts(draw(single, asked, key, sampling)) == whole
 
+    def test_a_stream_is_what_sampling_gives(self, subject: Subject) -> None:
+        backend, key = subject.moved(), names(4, 1)
+        asked, sampling = prompts(backend), Sampling(temperature=1.0, max_tokens=20)
+        whole = [some[0].ids for some in draw(backend, asked, key, sampling)]
+        assert [tuple(backend.stream(ids, sampling, name)) for ids, (name,) in zip(asked, key, strict=True)] == whole
+        one, two = (backend.stream(ids, sampling, name) for ids, (name,) in zip(asked[:2], key[:2], strict=True))
+        first = [(next(one), next(two)) for _ in range(min(map(len, whole[:2])))]
+        assert tuple(zip(*first, strict=True)) == tuple(ids[: len(first)] for ids in whole[:2]), "two at once"
+        one.close()  # heard enough: nothing is left behind
+        assert [some[0].ids for some in draw(backend, asked, key, sampling)] == whole
+        base = draw(backend, asked[:1], key[:1], sampling, INIT)[0][0].ids
+        assert tuple(backend.stream(asked[0], sampling, key[0][0], INIT)) == base
+        assert tuple(backend.stream(asked[0], Sampling(1.0, 1.0, 0), key[0][0])) == ()
+
     def test_the_next_token_distribution_sums_to_one(self, subject: Subject) -> None:
         backend = subject.moved()
         found = distributions(backend, subject.vocabulary, prompts(backend)[:2])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
 
-from spa_lite.cli.compare import comparison_tables, literal, markdown
+from spa_lite.cli.study_table import comparison_tables, literal, markdown
 from spa_lite.compare import (
     MEASURES,
     Comparison,
