@@ -14,11 +14,14 @@ ARGS ?=
 OPENBLAS = $(wildcard /usr/lib/$(shell uname -m)-linux-gnu/openblas-pthread/libopenblas.so.0)
 PRELOAD = $(if $(OPENBLAS),OPENBLAS_NUM_THREADS=$${OPENBLAS_NUM_THREADS:-1} LD_PRELOAD=$(OPENBLAS)$${LD_PRELOAD:+:$$LD_PRELOAD} )
 
+# Of llama.cpp only the library is compiled: its programs and tests would take as long again.
+LLAMA_CPP = $(foreach part,LLAVA_BUILD LLAMA_BUILD_TOOLS LLAMA_BUILD_EXAMPLES LLAMA_BUILD_TESTS LLAMA_BUILD_SERVER,-D$(part)=OFF)
+
 # A process per core, the tests of a file in one of them: what a file makes for all its tests is made once.
 PARALLEL = --numprocesses logical --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long lint fix bench bench-speed peers clean
+.PHONY: help run test test-long gguf test-gguf lint fix bench bench-speed peers clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +34,11 @@ test: $(VENV)/dev.stamp ## the tests that take seconds
 
 test-long: $(VENV)/dev.stamp ## the tests that take minutes
 	$(PRELOAD)$(VENV)/bin/python -m pytest $(PARALLEL) -m long $(ARGS)
+
+gguf: $(VENV)/gguf.stamp ## llama.cpp, compiled: 3 minutes on two quiet cores, once
+
+test-gguf: $(VENV)/gguf.stamp ## the tests that need llama.cpp
+	$(PRELOAD)$(VENV)/bin/python -m pytest $(PARALLEL) -m gguf $(ARGS)
 
 lint: $(VENV)/dev.stamp ## style, format and types
 	$(VENV)/bin/ruff check .
@@ -75,6 +83,12 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 		echo "MLX cannot be installed here (see above; on Linux it needs glibc 2.35): going on without it and its tests."; \
 		$(PIP) --editable ".[dev]"; }
 	@touch $@ $(VENV)/run.stamp
+
+# pip keeps the wheel that it compiles, so that the next environment has it in seconds.
+$(VENV)/gguf.stamp: $(VENV)/dev.stamp
+	@echo "Compiling llama.cpp into $(VENV): a few minutes, once."
+	@CMAKE_ARGS="$(LLAMA_CPP)" $(PIP) --editable ".[gguf]"
+	@touch $@
 
 $(PEERS)/peers.stamp: pyproject.toml constraints.txt benchmarks/peers.txt
 	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)

@@ -14,11 +14,10 @@ from transformers import GenerationConfig
 
 from spa_lite.backend import ModelSettings
 from spa_lite.errors import ModelError, SpaError
+from spa_lite.files import feed
 from spa_lite.keys import digest
 from spa_lite.sources import reachable
 
-WHOLE = 64 * 2**20
-"""Weight files up to this size are digested whole; of larger ones the header and 64 blocks spread over the file."""
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
 """What is fetched from the hub: never pickles, and code only where it is trusted."""
 INDEX = "model.safetensors.index.json"
@@ -132,27 +131,13 @@ def digest_weights(folder: Path) -> str:
     hasher = hashlib.blake2b(digest_size=16)
     for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         hasher.update(path.name.encode())
-        _add(path, hasher)
+        feed(hasher, path)
     return hasher.hexdigest()
 
 
 def fingerprint(weights: str, tokenizer: str) -> str:
     """Digest of weights, tokenizer and template, from the digests of each."""
     return digest(weights, tokenizer).hex()
-
-
-def _add(path: Path, hasher: Any) -> None:
-    size = path.stat().st_size
-    hasher.update(size.to_bytes(8, "little"))
-    with path.open("rb") as file:
-        if size <= WHOLE:
-            hasher.update(file.read())
-            return
-        header = int.from_bytes(file.read(8), "little")
-        hasher.update(file.read(min(header, WHOLE)))
-        for block in range(64):
-            file.seek(block * (size - 65536) // 63)
-            hasher.update(file.read(65536))
 
 
 def context_of(config: Any) -> int:

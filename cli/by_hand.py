@@ -48,12 +48,12 @@ def sample(
         raise RecipeError("no prompts: give --prompts FILE (or - for stdin)")
     else:
         raw.prompts = prepare.lesson(r).prompts[: r.inputs.limit_prompts]
-    backend = prepare.models_of(r, backends.load).backend
-    data = prepare.encode_all(raw, backend, r)
+    models = prepare.models_of(r, backends.load)
+    data = prepare.encode_all(raw, models.backend, r)
     for line in data.notes:
         render.note(line)
-    bind(backend, r)
-    with render.progress() as report, writer(output) as write:
+    with models.sampler() as backend, render.progress() as report, writer(output) as write:
+        bind(backend, r)
         for chunk in sample_step(backend, data.rounds[round_ - 1], r, round_, report, f"round {round_} sample"):
             for answered in chunk:
                 write(answered)

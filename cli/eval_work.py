@@ -110,11 +110,20 @@ def settings(layers: Layers, run: Path | None) -> tuple[Recipe, dict[str, str]]:
 
     given, sets, config, recipe, scale = layers
     if run is None:
-        return resolve(given, sets, config, recipe, scale, default_scale)
+        return without_sampler(*resolve(given, sets, config, recipe, scale, default_scale))
     if recipe or scale:
         raise RecipeError(f"--recipe and --scale would change the settings of {run}; change single ones with --set")
-    of_run = {path: v for path, v in read_yaml(run / "recipe.yaml").items() if not path.startswith("judge.")}
-    return resolve(given, sets, config, default_scale=default_scale, study=(f"{run.name} (its run)", of_run))
+    of_run = {p: v for p, v in read_yaml(run / "recipe.yaml").items() if not p.startswith(("judge.", "sampling.by"))}
+    return without_sampler(
+        *resolve(given, sets, config, default_scale=default_scale, study=(f"{run.name} (its run)", of_run))
+    )
+
+
+def without_sampler(recipe: Recipe, sources: dict[str, str]) -> tuple[Recipe, dict[str, str]]:
+    """The same, where answers come from the model itself. Raises RecipeError if another sampler is asked for."""
+    if recipe.sampling.by:
+        raise RecipeError("--sampler is for the rounds of `run`; to hear a GGUF itself, give --model FILE.gguf")
+    return recipe, sources
 
 
 def run_recipe(run: Path) -> Recipe:

@@ -139,7 +139,7 @@ def check_reference(r: Recipe) -> None:
     both = prepare.model_settings(r), prepare.model_settings(r, other)
     if all(Path(settings.model).is_dir() for settings in both):  # of what is still to be fetched nothing is known
         ours, theirs = (outline(name, settings) for settings in both)
-        models.check_vocabulary(models.vocabulary(ours), theirs)
+        models.check_vocabulary(models.vocabulary(ours), theirs, "--init-model")
 
 
 def to_stdout(job: Job) -> Progress:

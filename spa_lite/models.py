@@ -25,8 +25,9 @@ class Models:
         policy_adapter: Path | None = None,
         load_reference: Callable[[], Backend] | None = None,
         load_classifier: Callable[[str, str, bool], Any] | None = None,
+        load_sampler: Callable[[], Backend] | None = None,
     ) -> None:
-        self._load, self._load_reference = load, load_reference
+        self._load, self._load_reference, self._load_sampler = load, load_reference, load_sampler
         self._backend: Backend | None = None
         self._fingerprint, self._reference_fingerprint = "", ""
         self._made_by: dict[str, Any] = {}
@@ -69,7 +70,7 @@ class Models:
     def reference_fingerprint(self) -> str:
         """Digest of the other model."""
         if not self._reference_fingerprint:
-            with self._alone() as other:
+            with self._reference_alone() as other:
                 self._reference_fingerprint = other.fingerprint
         return self._reference_fingerprint
 
@@ -82,8 +83,8 @@ class Models:
         """Score rows under the other model, alone in memory inside the block. Raises ModelError if its vocabulary
         differs."""
         ours = vocabulary(self.backend)
-        with self._alone() as other:
-            check_vocabulary(ours, other)
+        with self._reference_alone() as other:
+            check_vocabulary(ours, other, "--init-model")
             other.bind(INIT, None)
             yield scorer(other, INIT, tick)
 
@@ -93,21 +94,37 @@ class Models:
             return score(rows)
 
     @contextmanager
-    def _alone(self) -> Iterator[Backend]:
+    def sampler(self) -> Iterator[Backend]:
+        """What draws answers: the model itself, or another file of it, alone in memory inside the block."""
+        if self._load_sampler is None:
+            yield self.backend
+            return
+        ours = vocabulary(self.backend)
+        with self._alone(self._load_sampler) as other:
+            check_vocabulary(ours, other, "--sampler")
+            yield other
+
+    @contextmanager
+    def _reference_alone(self) -> Iterator[Backend]:
         assert self._load_reference is not None
+        with self._alone(self._load_reference) as other:
+            self._reference_fingerprint = other.fingerprint
+            yield other
+
+    @contextmanager
+    def _alone(self, load: Callable[[], Backend]) -> Iterator[Backend]:
         self._backend = None
         gc.collect()
-        other = self._load_reference()
-        self._reference_fingerprint = other.fingerprint
+        other = load()
         yield other
         del other
         gc.collect()
 
 
-def check_vocabulary(ours: tuple[Ids, frozenset[int]], other: Backend) -> None:
-    """Raise ModelError unless the other model reads text as ours does."""
+def check_vocabulary(ours: tuple[Ids, frozenset[int]], other: Backend, flag: str) -> None:
+    """Raise ModelError unless the other model, which that flag names, reads text as ours does."""
     if vocabulary(other) != ours:
-        raise ModelError("--init-model reads text differently from --model; both need the same tokenizer")
+        raise ModelError(f"{flag} reads text differently from --model; both need the same tokenizer")
 
 
 def vocabulary(backend: Backend) -> tuple[Ids, frozenset[int]]:

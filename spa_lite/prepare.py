@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spa_lite import data, encode, judges
+from spa_lite import data, encode, judges, sampler
 from spa_lite.backend import Backend, ModelSettings
 from spa_lite.errors import DataError, RecipeError
 from spa_lite.evaluate import GoldRule
@@ -60,12 +60,23 @@ def models_of(recipe: Recipe, load: Loader, load_classifier: LoadClassifier | No
     def reference() -> Backend:
         return load(i.backend, model_settings(recipe, i.init_model))
 
+    def drawing() -> Backend:
+        return load("llamacpp", sampler_settings(recipe))
+
     return Models(
         load=lambda: load(i.backend, model_settings(recipe)),
         init_adapter=Path(i.init_adapter) if i.init_adapter else None,
         policy_adapter=Path(i.adapter_path) if i.adapter_path else None,
         load_reference=reference if i.init_model else None,
         load_classifier=load_classifier,
+        load_sampler=drawing if recipe.sampling.by else None,
+    )
+
+
+def sampler_settings(recipe: Recipe) -> ModelSettings:
+    """How the GGUF of --sampler is loaded: its precision is its own."""
+    return replace(
+        model_settings(recipe, str(sampler.file_of(recipe))), device="auto", dtype="auto", load_in_4bit=False
     )
 
 
@@ -102,6 +113,7 @@ def check_start(recipe: Recipe) -> None:
         )
     if recipe.rounds:
         judges.check(recipe)
+        sampler.check(recipe)
     if recipe.judge.by == "gold" and not is_lesson(recipe):
         raise RecipeError("judge.by=gold needs a gold rule, which only the lesson has; use another --judge")
 

@@ -135,6 +135,11 @@ class SamplingSettings:
     temp: Nonnegative = setting(0.7, "Temperature.", "sample", "measure", flag="--temp")
     top_p: Annotated[float, Meta(gt=0, le=1)] = setting(1.0, "Nucleus mass.", "sample", "measure", flag="--top-p")
     max_tokens: Count = setting(300, "Longest answer.", "sample", "measure", flag="--max-tokens")
+    by: str | None = setting(
+        None,
+        "What draws a round's answers: gguf:FILE, a GGUF of the same model (with --rescore always); none: the policy.",
+        flag="--sampler",
+    )
     append_eos: bool = setting(
         False,
         "Close answers that hit the cap with an end of turn, as the released code does.",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextlib import nullcontext as alone
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from spa_lite import backend as contract
-from spa_lite import evaluate, objective, rescore, states, stop
+from spa_lite import evaluate, objective, rescore, sampler, states, stop
 from spa_lite.backend import INIT, POLICY, Backend
 from spa_lite.checkpoint import Checkpoints
 from spa_lite.errors import DataError, ModelError
@@ -108,14 +108,15 @@ class Workshop:
 
     def sample(self, i: int, policy: Policy) -> Stage:
         """Two answers per prompt of X_i from pi_{i-1}."""
-        prompts = self.data.rounds[i - 1]
+        prompts, name = self.data.rounds[i - 1], f"round {i} sample"
+        drawing = sampler.file_of(self.recipe)
 
         def work(part: Path) -> dict[str, Any]:
-            backend, name = self._bind(policy.adapter), f"round {i} sample"
-            keep = states.wanted(self.recipe, i)
-            if keep and (size := states.room(self.recipe, backend, len(prompts), i, part)):
-                self.report(Event(name, note=size))
-            self._answer(backend, part / "samples.jsonl", prompts, i, name, keep=keep)
+            with self._drawing(policy.adapter) as backend:
+                keep = states.wanted(self.recipe, i)
+                if keep and (size := states.room(self.recipe, backend, len(prompts), i, part)):
+                    self.report(Event(name, note=size))
+                self._answer(backend, part / "samples.jsonl", prompts, i, name, keep=keep)
             tokens = capped = 0
             seen = Tally()
             for answer in read_samples(part / "samples.jsonl"):
@@ -130,8 +131,10 @@ class Workshop:
             }
 
         inputs = {"policy": policy.key, "prompts": digest(prompts), "round": str(i)}
-        outputs = ("samples.jsonl", states.NAME)
-        self._sampled[i] = self._once(self._stage(f"rounds/{i}", "sample", outputs, inputs, len(prompts)), work)
+        if drawing:
+            inputs["sampler"] = sampler.fingerprint(drawing)
+        stage = self._stage(f"rounds/{i}", "sample", ("samples.jsonl", states.NAME), inputs, len(prompts))
+        self._sampled[i] = self._once(stage, work, sampler.MADE_BY if drawing else None)
         return self._sampled[i]
 
     def judge(self, i: int, samples: Stage, policy: Policy, lagged: Policy | None) -> Stage:
@@ -326,9 +329,11 @@ class Workshop:
         settings = that_matter(self.recipe, kind, int(inputs.get("round", 0)))
         return Stage(folder, kind, outputs, settings, {"model": self.models.fingerprint, **inputs}, size)
 
-    def _once(self, stage: Stage, work: Callable[[Path], dict[str, Any]]) -> Stage:
+    def _once(
+        self, stage: Stage, work: Callable[[Path], dict[str, Any]], made_by: dict[str, Any] | None = None
+    ) -> Stage:
         """Do a stage, or read it if it is finished; either way its summary is kept for the table."""
-        summary = self.run.once(stage, work, self.models.made_by)
+        summary = self.run.once(stage, work, made_by or self.models.made_by)
         self.summaries.setdefault(stage.folder, {})[stage.kind] = summary
         self.report(Event(stage.title, 1, 1, "stage", metrics=summary))
         return stage
@@ -419,6 +424,16 @@ class Workshop:
             most = longest(self.recipe, self.data)
             backend.batching = self.sizes.apply(self.recipe, lambda: sizes_that_fit(self.recipe, backend, most))
         return backend
+
+    @contextmanager
+    def _drawing(self, adapter: Path | None) -> Iterator[Backend]:
+        """What draws the answers of a policy: the base with its adapter, or what --sampler names, with it."""
+        if sampler.file_of(self.recipe) is None:
+            yield self._bind(adapter)
+            return
+        with self.models.sampler() as other:
+            other.bind(POLICY, adapter)
+            yield other
 
     def _judge_reference(
         self, policy: Policy, lagged: Policy | None
@@ -536,7 +551,7 @@ def several_makers(makers: dict[str, dict[str, Any]]) -> list[str]:
     """Say so if the stages of a run were computed on different backends, devices or precisions."""
     stages: dict[str, list[str]] = {}
     for title, maker in makers.items():
-        if maker:
+        if maker and maker != sampler.MADE_BY:  # which was asked for
             stages.setdefault(", ".join(str(value) for value in maker.values()), []).append(title)
     if len(stages) < 2:
         return []

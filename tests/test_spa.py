@@ -271,6 +271,7 @@ SHOWN_ELSEWHERE = {
     "inputs.adapter_path": "here",
     "inputs.init_adapter": "here",
     "inputs.init_model": "here",
+    "sampling.by": "test_sampler",
     "model.dtype": "test_torch",
     "model.load_in_4bit": "test_torch",
     "model.trust_remote_code": "test_torch",

@@ -1,0 +1,54 @@
+"""Answers of a round drawn by another file of the same model: a GGUF, with llama.cpp.
+
+Its weights may be quantised, and its arithmetic is not the trainer's. So the log-probabilities that it records are its
+own: the judge scores every answer again under the policy in training, and nothing of the sampler's is a reference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from spa_lite.errors import ModelError, RecipeError
+from spa_lite.files import feed
+from spa_lite.recipe import Recipe
+
+GGUF = "gguf:"
+"""How `sampling.by` names a file."""
+MADE_BY = {"backend": "llamacpp", "device": "as asked for", "dtype": "the file's own", "bits": None}
+"""What such samples are computed on, as a stage records it."""
+
+
+def file_of(recipe: Recipe) -> Path | None:
+    """The GGUF file that draws a round's answers; None if the policy's own backend does.
+
+    Raises RecipeError for another word, and ModelError if there is no such file.
+    """
+    word = recipe.sampling.by
+    if word is None:
+        return None
+    if not word.startswith(GGUF):
+        raise RecipeError(f"--sampler {word} is not understood; write {GGUF}FILE, with a GGUF file of the same model")
+    path = Path(word.removeprefix(GGUF)).expanduser()
+    if not path.is_file():
+        raise ModelError(f"there is no file {path}; --sampler {GGUF}FILE names a GGUF file of the same model")
+    return path
+
+
+def check(recipe: Recipe) -> None:
+    """Raise RecipeError where a run would take the file's log-probabilities, or its states, for the policy's."""
+    if file_of(recipe) is None:
+        return
+    if recipe.judge.rescore != "always":
+        raise RecipeError(
+            "--sampler needs --rescore always: the log-probs that a GGUF records are its own, not those of the policy"
+        )
+    if recipe.train.cache_reference:
+        raise RecipeError("--cache-reference keeps states of the policy's own sampler: leave it or --sampler out")
+
+
+def fingerprint(path: Path) -> str:
+    """Digest of the file (of a large one: of its beginning and of blocks spread over it)."""
+    hasher = hashlib.blake2b(digest_size=16)
+    feed(hasher, path)
+    return hasher.hexdigest()
