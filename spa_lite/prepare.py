@@ -14,7 +14,7 @@ from spa_lite.evaluate import GoldRule
 from spa_lite.fit import batching_of
 from spa_lite.judges import LoadClassifier
 from spa_lite.models import Models
-from spa_lite.recipe import SETTINGS, Recipe, settings_of
+from spa_lite.recipe import SETTINGS, Inputs, Recipe, settings_of
 from spa_lite.records import Ids, Pair, Prompt, Row
 from spa_lite.stages import Data, folder_digest
 from spa_lite.store import digest
@@ -56,6 +56,7 @@ def models_of(recipe: Recipe, load: Loader, load_classifier: LoadClassifier | No
     """Everything a run may need to load; nothing is loaded yet. The loaders are those of `spa_lite.backends`; the
     second is for `judge.by=reward-model`."""
     i = recipe.inputs
+    check_reference(i)
 
     def reference() -> Backend:
         return load(i.backend, model_settings(recipe, i.init_model))
@@ -71,6 +72,16 @@ def models_of(recipe: Recipe, load: Loader, load_classifier: LoadClassifier | No
         load_classifier=load_classifier,
         load_sampler=drawing if recipe.sampling.by else None,
     )
+
+
+def check_reference(inputs: Inputs) -> None:
+    """Raise RecipeError for a GGUF beside another model: quantised log-probs differ from the original's, and that
+    difference would be taken for a reward."""
+    if inputs.init_model and any(name and name.endswith(".gguf") for name in (inputs.model, inputs.init_model)):
+        raise RecipeError(
+            "with a GGUF the policy and its reference must be the same file: leave --init-model out, "
+            "and give the policy as --adapter-path"
+        )
 
 
 def sampler_settings(recipe: Recipe) -> ModelSettings:

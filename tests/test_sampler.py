@@ -130,6 +130,13 @@ def test_a_file_that_is_gone(recipe: Recipe, tmp_path: Path) -> None:
         prepare.check_start(recipe)
 
 
+@pytest.mark.parametrize(("model", "other"), [("a.gguf", "folder"), ("folder", "a.gguf"), (None, "a.gguf")])
+def test_a_reference_is_the_same_file(model: str | None, other: str, tmp_path: Path) -> None:
+    recipe = small_recipe(write_data(tmp_path), {"inputs.model": model, "inputs.init_model": other})
+    with pytest.raises(RecipeError, match="the policy and its reference must be the same file"):
+        prepare.models_of(recipe, backends.load)
+
+
 def test_evaluations_hear_the_model_itself(tmp_path: Path, recipe: Recipe) -> None:
     run(tmp_path / "run", recipe, [])
     assert settings(({}, [], None, None, None), tmp_path / "run")[0].sampling.by is None
