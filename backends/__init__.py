@@ -29,6 +29,7 @@ class Entry:
     target: str
     needs: tuple[str, ...]
     extra: str | None
+    trains: bool = True
 
 
 THREADS = {"GOMP_SPINCOUNT": "1000"}
@@ -41,7 +42,16 @@ TABLE = {
     "toy": Entry("spa_lite.backends.toy:ToyBackend", (), None),
     "torch": Entry("spa_lite.backends.torch:TorchBackend", ("torch", "transformers", "peft"), "torch"),
     "mlx": Entry("spa_lite.backends.mlx:MlxBackend", ("mlx", "mlx_lm", "transformers"), "mlx"),
+    "llamacpp": Entry(
+        "spa_lite.backends.llamacpp:LlamaCppBackend", ("llama_cpp", "gguf", "transformers"), "gguf", False
+    ),
 }
+GGUF = ".gguf"
+"""How the name of a model for llama.cpp ends."""
+ONLY_SAMPLES = (
+    "llama.cpp only samples and scores: train in torch or MLX, and use the GGUF to sample (--sampler gguf:FILE) "
+    "with --rescore always"
+)
 
 
 def missing(name: str) -> tuple[str, ...]:
@@ -49,10 +59,12 @@ def missing(name: str) -> tuple[str, ...]:
     return tuple(library for library in TABLE[name].needs if importlib.util.find_spec(library) is None)
 
 
-def choose(name: str | None = None) -> tuple[str, str]:
+def choose(name: str | None = None, model: str | None = None) -> tuple[str, str]:
     """Which backend to use, and why, in a few words. A given name is kept as it is."""
     if name is not None and name != "auto":
         return name, "asked for"
+    if model is not None and model.endswith(GGUF):
+        return "llamacpp", "the model is a GGUF file"
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
     first, second = ("mlx", "torch") if apple else ("torch", "mlx")
     machine = "Apple silicon" if apple else "no Apple silicon"
@@ -61,9 +73,16 @@ def choose(name: str | None = None) -> tuple[str, str]:
     return first, machine if apple else f"{machine}: CUDA where there is one, else the CPU"
 
 
+def check_trains(name: str | None, model: str | None = None) -> None:
+    """Raise BackendError if the backend of this model cannot train: asked before any work is done."""
+    found = TABLE.get(choose(name, model)[0])
+    if found and not found.trains:
+        raise BackendError(ONLY_SAMPLES)
+
+
 def load(name: str | None, settings: ModelSettings) -> Backend:
     """Import the named backend (a row of `TABLE`, or "module:Class"; None: as `choose` says) and give it its model."""
-    name, _ = choose(name)
+    name, _ = choose(name, settings.model)
     target = ready(name)
     module, _, attribute = target.partition(":")
     try:

@@ -45,6 +45,8 @@ def check_name(name: str) -> str:
         if not any(path.glob("*.safetensors")):
             raise ModelError(f"{path} holds no *.safetensors weights: convert them with `save_pretrained` first")
         return str(path)
+    if path.is_file() and path.suffix == ".gguf":
+        raise ModelError(f"{path} is a GGUF file: leave --backend out, or give --backend llamacpp")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(f"there is no model folder {name}")
     if isinstance(try_to_load_from_cache(name, "config.json"), str) or constants.HF_HUB_OFFLINE or reachable():
@@ -132,6 +134,13 @@ def digest_weights(folder: Path) -> str:
     for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         hasher.update(path.name.encode())
         feed(hasher, path)
+    return hasher.hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """Digest of a model that is one file, whatever its name."""
+    hasher = hashlib.blake2b(digest_size=16)
+    feed(hasher, path)
     return hasher.hexdigest()
 
 

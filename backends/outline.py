@@ -15,8 +15,8 @@ from spa_lite.shape import Shape, shape_of
 if TYPE_CHECKING:
     from spa_lite.backends.model_folder import Known
 
-LOADED_WHOLE = "toy"
-"""Small enough that its outline is the thing itself."""
+LOADED_WHOLE = ("toy", "llamacpp")
+"""Small enough, or read from the disk only as it is used, that its outline is the thing itself."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
 
 
@@ -24,10 +24,10 @@ def outline(name: str | None, settings: ModelSettings) -> Backend:
     """What `load` with the same arguments would give, without weights: every verb raises BackendError.
 
     `settings.model` is a folder, or a hub name in the cache, with a config.json; weights and tokenizer may be missing.
-    Nothing is asked of the network. The toy, and a backend given as "module:Class", are loaded.
+    Nothing is asked of the network. The toy, a GGUF file, and a backend given as "module:Class", are loaded.
     """
-    name, _ = choose(name)
-    if name == LOADED_WHOLE or ":" in name:
+    name, _ = choose(name, settings.model)
+    if name in LOADED_WHOLE or ":" in name:
         return load(name, settings)
     ready(name)
     return Outline(name, settings)

@@ -6,6 +6,7 @@ import ipaddress
 import os
 import shutil
 import socket
+import sys
 import tempfile
 from typing import Any
 
@@ -40,6 +41,9 @@ os.fsync = lambda fd: None
 def pytest_unconfigure() -> None:
     """Remove the caches of this session."""
     shutil.rmtree(CACHES, ignore_errors=True)
+    opened = sys.modules.get("llama_cpp._utils")  # it leaves /dev/null open, which is a warning at the end
+    for name in ("outnull_file", "errnull_file") if opened else ():
+        getattr(opened, name).close()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

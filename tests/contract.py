@@ -48,6 +48,10 @@ OPTIMIZER = Optimizer(eps=1e-4, weight_decay=0.01)
 """A larger eps than usual: AdamW's first step is the gradient's sign, which rounding may flip where it is near 0."""
 
 
+needs_training = pytest.mark.usefixtures("training")
+"""Skipped for a backend that cannot train."""
+
+
 @dataclass
 class Subject:
     """A backend with one model to test it on. Backends are made once per batching and given fresh roles by `fresh`."""
@@ -59,6 +63,7 @@ class Subject:
     rate: float
     base_bytes: Callable[[Any], bytes]
     tolerance: float = 1e-4
+    adapter: Callable[[], Path] | None = None  # trained elsewhere, for a backend that cannot train
     _model: str | None = None
     _made: dict[Batching, Backend] = field(default_factory=dict)
 
@@ -86,6 +91,9 @@ class Subject:
         """The same with a policy that two steps have moved away from PREVIOUS."""
         backend = self.fresh(**batching)
         backend.snapshot()
+        if self.adapter:
+            backend.bind(POLICY, self.adapter())
+            return backend
         backend.start_training(OPTIMIZER)
         for _ in range(2):
             backend.dpo_step(pairs(backend), Dpo(0.5), self.rate)
@@ -312,6 +320,7 @@ class Numerics:
         alone = [sums(backend, [Row(prompt=row.prompt, responses=(one,))])[0] for row in rows for one in row.responses]
         assert alone == pytest.approx(together, abs=subject.tolerance)
 
+    @needs_training
     @pytest.mark.parametrize("extrapolation", [0.0, 0.125, 0.5, 3.0])
     def test_a_round_starts_at_margin_zero(self, subject: Subject, extrapolation: float) -> None:
         backend = subject.moved()
@@ -326,6 +335,7 @@ class Numerics:
                 expected = batch.logp if extrapolation else np.zeros(0)
                 assert batch.extrapolated == pytest.approx(expected, abs=subject.tolerance)
 
+    @needs_training
     @pytest.mark.parametrize("extrapolation", [0.25, 2.0])
     def test_extrapolated_logprobs_are_those_of_the_mixed_logits(self, subject: Subject, extrapolation: float) -> None:
         backend = subject.moved()
@@ -346,6 +356,7 @@ class Numerics:
         assert objective.seen[0].extrapolated == pytest.approx(expected, abs=10 * subject.tolerance)
         assert abs(objective.seen[0].extrapolated - objective.seen[0].logp).max() > 1e-3
 
+    @needs_training
     def test_a_step_raises_its_pairs_margin(self, subject: Subject) -> None:
         backend = subject.fresh()
         backend.snapshot()
@@ -355,6 +366,7 @@ class Numerics:
         assert margins[0] == pytest.approx(0.0, abs=1e-5)
         assert margins[0] < margins[1] < margins[2] < margins[3]
 
+    @needs_training
     def test_only_the_policys_adapter_moves(self, subject: Subject) -> None:
         backend = subject.moved()
         backend.snapshot()
@@ -368,6 +380,7 @@ class Numerics:
         assert (sums(backend, rows, PREVIOUS) == previous).all()
         assert np.abs(sums(backend, rows, POLICY) - before).min() > 1e-4
 
+    @needs_training
     def test_micro_batches_change_memory_only(self, subject: Subject) -> None:
         """Rows are sorted by length inside a step: what is reported is in row order all the same."""
         results = []
@@ -388,6 +401,7 @@ class Numerics:
                 assert stats.metrics[name] == pytest.approx(values, abs=10 * subject.tolerance), name
             assert found == pytest.approx(after, abs=20 * subject.tolerance)
 
+    @needs_training
     def test_known_reference_sums_are_used_as_they_are(self, subject: Subject) -> None:
         """Micro-batch by micro-batch, and whether or not the objective extrapolates."""
         found = []
@@ -406,6 +420,7 @@ class Numerics:
             stats = subject.moved(micro_tokens=100).dpo_step(rows, Mixed(extrapolation), subject.rate, known)
             assert (stats.reference == known.sums).all()
 
+    @needs_training
     @pytest.mark.parametrize("extrapolation", [0.0, 0.5])
     def test_kept_states_give_the_step_that_a_reference_pass_gives(
         self, subject: Subject, extrapolation: float
@@ -440,6 +455,7 @@ class Numerics:
             assert cached.metrics[name] == pytest.approx(values, abs=20 * subject.tolerance), name
         assert found == pytest.approx(after, abs=20 * subject.tolerance)
 
+    @needs_training
     def test_rows_may_have_any_number_of_responses(self, subject: Subject) -> None:
         """One prompt before several responses scores and pulls as each response behind a prompt of its own does."""
         backend = subject.moved()
@@ -467,6 +483,7 @@ class Numerics:
         for left, right in zip(values, others, strict=True):
             assert left == pytest.approx(right, abs=10 * subject.tolerance)
 
+    @needs_training
     @pytest.mark.parametrize("rule", ["paper", "official"])
     def test_flags_do_not_depend_on_micro_batches(self, subject: Subject, rule: Any) -> None:
         """Whatever is sorted and forwarded together, thresholds and flags are those of the rows' own order."""
@@ -485,6 +502,7 @@ class Numerics:
         assert 0 < flags.sum() < len(flags)
         assert margins == pytest.approx(those, abs=20 * subject.tolerance)
 
+    @needs_training
     def test_padding_changes_no_gradient(self, subject: Subject) -> None:
         norms = []
         for company in (False, True):
@@ -496,6 +514,7 @@ class Numerics:
             norms.append(stats.grad_norm * len(long_rows))
         assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
+    @needs_training
     def test_saving_and_restoring_is_the_identity(self, subject: Subject, tmp_path: Path) -> None:
         backend = subject.moved()
         rows = pairs(backend)
@@ -542,12 +561,14 @@ class Bookkeeping:
         backend = subject.fresh()
         assert texts(draw(backend, prompts(backend), names(4, 1), Sampling(max_tokens=0))) == [[((), "cap")]] * 4
 
+    @needs_training
     def test_what_is_not_asked_for_is_left_empty(self, subject: Subject) -> None:
         backend = subject.moved()
         objective = Linear([1.0, -1.0], reference=False)
         stats = backend.dpo_step(pairs(backend, 1), objective, subject.rate)
         assert objective.seen[0].reference.size == objective.seen[0].extrapolated.size == stats.reference.size == 0
 
+    @needs_training
     def test_the_reported_loss_is_the_objectives(self, subject: Subject) -> None:
         backend = subject.moved(micro_tokens=100)
         rows = pairs(backend, 8)
@@ -561,6 +582,7 @@ class Bookkeeping:
         assert stats.loss == pytest.approx(again.loss.mean(), abs=1e-12)
         assert stats.metrics["margin"] == pytest.approx(again.metrics["margin"], abs=1e-12)
 
+    @needs_training
     def test_the_gradient_is_clipped_but_reported_whole(self, subject: Subject) -> None:
         norms, moved = [], []
         for limit in (1e-3, 1e9):
@@ -573,6 +595,7 @@ class Bookkeeping:
         assert norms[0] > 1e-3
         assert moved[0] < 0.5 * moved[1]
 
+    @needs_training
     def test_any_number_of_roles_share_the_base(self, subject: Subject, tmp_path: Path) -> None:
         backend = subject.fresh()
         rows = pairs(backend)
@@ -596,6 +619,7 @@ class Bookkeeping:
         for name in ("one", "three", "four"):
             backend.unbind(name)
 
+    @needs_training
     def test_init_may_be_an_adapter_too(self, subject: Subject, tmp_path: Path) -> None:
         backend = subject.moved()
         rows = pairs(backend)
@@ -606,6 +630,7 @@ class Bookkeeping:
         for role in (INIT, PREVIOUS, POLICY):
             assert (sums(backend, rows, role) == expected).all()
 
+    @needs_training
     def test_equal_seeds_give_equal_adapters(self, subject: Subject, tmp_path: Path) -> None:
         backend = subject.fresh()
         for folder in ("one", "two"):
@@ -614,6 +639,7 @@ class Bookkeeping:
         for path in (tmp_path / "one").iterdir():
             assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
+    @needs_training
     @pytest.mark.parametrize(("loss", "coefficient"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan)])
     def test_a_step_that_is_not_finite_is_skipped(self, subject: Subject, loss: float, coefficient: float) -> None:
         left, right = subject.moved(), subject.moved(micro_tokens=10**6)
@@ -640,7 +666,7 @@ class Bookkeeping:
             (BackendError, lambda: backend.unbind("nobody")),
             (BackendError, lambda: backend.save(tmp_path / "base", INIT)),
             (ModelError, lambda: backend.bind("x", tmp_path / "absent")),
-            (ModelError, lambda: backend.restore(tmp_path)),
+            (ModelError if backend.can_train else BackendError, lambda: backend.restore(tmp_path)),
             (ModelError, lambda: draw(backend, [too_long], names(1, 1), Sampling())),
             (ModelError, lambda: sums(backend, [Row(prompt=too_long, responses=((1, 2),))])),
             (ModelError, lambda: sums(backend, [Row(prompt=(), responses=((1, 2),))])),
@@ -651,9 +677,29 @@ class Bookkeeping:
                 act()
             assert len(str(caught.value).splitlines()) == 1
         backend.bind(POLICY)
-        with pytest.raises(BackendError, match="adapter"):
+        with pytest.raises(BackendError, match="adapter" if backend.can_train else "only samples"):
             backend.start_training(OPTIMIZER)
 
+    def test_a_backend_that_cannot_train_says_so(self, subject: Subject, tmp_path: Path) -> None:
+        backend = subject.moved()
+        if backend.can_train:
+            pytest.skip("it can")
+        rows, before = pairs(backend), sums(backend, pairs(backend))
+        verbs: list[Callable[[], Any]] = [
+            lambda: backend.start_training(OPTIMIZER),
+            lambda: backend.dpo_step(rows, Dpo(0.1), 0.1),
+            lambda: backend.activations(rows[0]),
+            lambda: backend.save(tmp_path / "adapter"),
+            lambda: backend.restore(tmp_path),
+        ]
+        for verb in verbs:
+            with pytest.raises(BackendError, match="only samples and scores: train in ") as caught:
+                verb()
+            assert len(str(caught.value).splitlines()) == 1
+        assert not list(tmp_path.iterdir())
+        assert (sums(backend, rows) == before).all()
+
+    @needs_training
     def test_batch_sizes_may_change_between_calls(self, subject: Subject) -> None:
         backend = subject.moved()
         rows, before = pairs(backend), backend.batching
@@ -681,10 +727,10 @@ class Bookkeeping:
         backend = subject.fresh()
         assert isinstance(backend, Backend)
         assert {"device", "dtype", "bits", "parameters", "adapter_parameters"} <= backend.description.keys()
-        assert backend.description["adapter_parameters"] > 0
+        assert subject.moved().description["adapter_parameters"] > 0
         assert backend.fingerprint == subject.another().fingerprint
         assert backend.context > 0
-        assert backend.can_train
+        assert backend.can_train == (subject.adapter is None)
 
     def test_answers_end_once(self, subject: Subject) -> None:
         tokenizer = subject.fresh().tokenizer

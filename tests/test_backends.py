@@ -15,13 +15,15 @@ from spa_lite import backends
 from spa_lite.backend import ModelSettings
 from spa_lite.errors import BackendError, BackendMissing
 from tests.contract import Bookkeeping, Numerics, Subject
-from tests.tiny import ARCHITECTURES, NARROW, VOCABULARY, make_model
+from tests.tiny import ARCHITECTURES, NARROW, VOCABULARY, make_adapter, make_gguf, make_model
 
 ASKED = os.environ.get("SPA_LITE_BACKENDS")
 INSTALLED = [name for name in backends.TABLE if not backends.missing(name)]
 CHOSEN = [name.strip() for name in ASKED.split(",")] if ASKED else INSTALLED
 MLX_SHAPES = ("llama3", "qwen2", "mistral-full", "gemma2-full", "phi3", "smollm2", "qwen3")
-MODELS = {"toy": ("bigram",), "torch": ARCHITECTURES, "mlx": MLX_SHAPES}
+GGUF_SHAPES = ("llama", "llama3", "smollm2")
+MODELS = {"toy": ("bigram",), "torch": ARCHITECTURES, "mlx": MLX_SHAPES, "llamacpp": GGUF_SHAPES}
+MARKS = {"llamacpp": (pytest.mark.gguf,)}
 CASES = [(name, model) for name in {**backends.TABLE, **dict.fromkeys(CHOSEN)} for model in MODELS.get(name, ("?",))]
 ran: set[str] = set()
 
@@ -51,7 +53,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "subject" in metafunc.fixturenames:
         first = dict(reversed(CASES))
         cases = CASES if metafunc.cls is TestNumerics else list(first.items())[::-1]
-        metafunc.parametrize("subject", cases, indirect=True, scope="session", ids="-".join)
+        marked = [pytest.param(case, marks=MARKS.get(case[0], ()), id="-".join(case)) for case in cases]
+        metafunc.parametrize("subject", marked, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
@@ -70,11 +73,21 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             "toy", "toy", lambda: "toy:7", 261, rate=0.05, base_bytes=lambda it: it.base.tobytes(), tolerance=1e-9
         )
         return
+    folder = tmp_path_factory.mktemp(model)
+    if name == "llamacpp":
+        yield Subject(
+            f"{name}-{model}",
+            name,
+            lambda: str(make_gguf(folder, model)),
+            VOCABULARY,
+            rate=0.0,
+            base_bytes=lambda _: b"",
+            adapter=lambda: make_adapter(folder, folder / "adapter"),
+        )
+        return
     import torch
 
     torch.set_num_threads(1)  # for matrices this small a second thread only waits
-    folder = tmp_path_factory.mktemp(model)
-
     changes: dict[str, Any] = {"torch": {}, "mlx": NARROW}[name]
 
     def tiny() -> str:
@@ -82,6 +95,13 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
     base = {"torch": torch_base, "mlx": mlx_base}[name]
     yield Subject(f"{name}-{model}", name, tiny, VOCABULARY, rate=1e-2, base_bytes=base)
+
+
+@pytest.fixture
+def training(subject: Subject) -> None:
+    """Skip what trains for a backend that cannot."""
+    if subject.adapter is not None:
+        pytest.skip(f"{subject.backend} cannot train")
 
 
 class TestNumerics(Numerics):
@@ -112,6 +132,13 @@ def test_a_choice_says_why() -> None:
     assert name in ("torch", "mlx")
     assert why
     assert backends.choose("auto") == (name, why)
+
+
+def test_a_name_that_ends_with_gguf_chooses_the_backend() -> None:
+    assert backends.choose(None, "x/model.gguf") == ("llamacpp", "the model is a GGUF file")
+    assert backends.choose("auto", "model.gguf")[0] == "llamacpp"
+    assert backends.choose("torch", "model.gguf") == ("torch", "asked for")
+    assert backends.choose(None, "gguf-model")[0] != "llamacpp"
 
 
 def test_an_unknown_backend_gets_the_nearest_name() -> None:

@@ -134,3 +134,44 @@ def make_model(folder: Path, architecture: str = "llama", seed: int = 0, uneven:
         model.save_pretrained(folder)
         make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def make_gguf(folder: Path, architecture: str = "llama", dtype: Any = "f32", **changes: Any) -> Path:
+    """Such a model of Llama's shape in a folder, and as a GGUF file in it; return the file.
+
+    A GGUF file names one end token, so that one is made likely.
+    """
+    import safetensors.numpy as safetensors
+
+    from spa_lite.backends.gguf_writer import write_model
+
+    out = folder / "gguf" / f"{architecture}-{dtype}.gguf"
+    if not (folder / "model.safetensors").is_file():
+        make_model(folder, architecture, **changes)
+        tensors = safetensors.load_file(folder / "model.safetensors")
+        head = tensors["lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"]
+        head[2] *= 4
+        safetensors.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
+    out.parent.mkdir(exist_ok=True)
+    write_model(folder, out, dtype)
+    return out
+
+
+def make_adapter(model: Path, folder: Path, seed: int = 0, rank: int = 4, size: float = 0.1, **config: Any) -> Path:
+    """An adapter in PEFT's format on all linear layers of a Llama-shaped model, of toy numbers; return its folder."""
+    import numpy as np
+    import safetensors.numpy as safetensors
+
+    from spa_lite.backends import adapter_files
+
+    rng, tensors = np.random.default_rng(seed), {}
+    for name, weight in sorted(safetensors.load_file(model / "model.safetensors").items()):
+        if name.endswith("_proj.weight"):
+            module = adapter_files.PREFIX + name.removesuffix(".weight")
+            for side, shape in (("A", (rank, weight.shape[1])), ("B", (weight.shape[0], rank))):
+                tensors[f"{module}.lora_{side}.weight"] = rng.normal(0, size, shape).astype(np.float32)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    plain = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 8.0, "target_modules": targets}
+    adapter_files.write_peft(folder, plain | config, tensors, model.name)
+    return folder
