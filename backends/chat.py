@@ -134,7 +134,7 @@ class ChatTokenizer:
             messages = (Message(role="system", content=self._system), *messages)
         quoted: list[str] = []
         turns = [Message(role=turn.role, content=self._quote(turn.content, quoted)) for turn in messages]
-        text = self._render(turns, generate=True)
+        text = self.render(turns, generate=True)
         for turn in turns:
             if turn.role == "system" and turn.content.strip() not in text:
                 raise ModelError(
@@ -143,7 +143,11 @@ class ChatTokenizer:
                 )
         return text, quoted
 
-    def _render(self, messages: Sequence[Message], generate: bool) -> str:
+    def render(self, messages: Sequence[Message], generate: bool = True) -> str:
+        """What the template makes of turns, as text: no system turn of the settings, no BOS of the tokenizer's.
+
+        Raises ModelError if the template refuses them.
+        """
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             text: str = self._tokenizer.apply_chat_template(
@@ -193,8 +197,8 @@ class ChatTokenizer:
         question = [Message(role="user", content=PROBE_QUESTION)]
         if self._system is not None:
             question.insert(0, Message(role="system", content=self._system))
-        prompt = self._render(question, generate=True)
-        full = self._render([*question, Message(role="assistant", content=PROBE_ANSWER)], generate=False)
+        prompt = self.render(question, generate=True)
+        full = self.render([*question, Message(role="assistant", content=PROBE_ANSWER)], generate=False)
         before, found, tail = full.rpartition(PROBE_ANSWER)
         if not found or PROBE_QUESTION not in prompt:
             raise ModelError(

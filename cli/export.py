@@ -1,177 +1,177 @@
-"""`spa-lite export`: an adapter for elsewhere, in PEFT's or mlx-lm's format, with a check of what it does."""
+"""`spa-lite export`: an adapter for other programs, in the form they take, with a check of what it does there."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from spa_lite.cli.main import app
-from spa_lite.cli.options import command, resolve
-from spa_lite.cli.run import default_scale
-from spa_lite.errors import BackendError, ModelError, RecipeError, RunError, SpaError
+from spa_lite.cli.options import command
+from spa_lite.errors import BackendError, RecipeError, RunError
 
-if TYPE_CHECKING:
-    from spa_lite.backend import Backend
-    from spa_lite.recipe import Recipe
-
-HOMES = {"peft": "torch", "mlx-lm": "mlx"}
-"""Each format, and the backend whose own it is."""
-
-OF_THE_MODEL = ("model.", "inputs.model", "inputs.backend")
-"""Settings that say which model an adapter is for, by how their paths begin."""
-
-CONFIG, RECORD = "adapter_config.json", "export.json"
-OURS = {CONFIG, RECORD, "adapter_model.safetensors", "adapters.safetensors", "check.jsonl"}
-"""All that --force may delete."""
+FORMS = ("peft", "mlx", "gguf-lora", "gguf", "merged", "ollama", "hub-folder")
+OTHER_WORDS = {"mlx-lm": "mlx"}
+OF_WEIGHTS = ("merged", "gguf", "ollama")
+"""Forms that hold the base's weights too, for which --dtype is what they are written in."""
 
 
-@command(app, "export", ["inputs", "model"])
+@command(app, "export", ["inputs.model", "inputs.backend", "inputs.device", "model"])
 def export(
     given: dict[str, Any],
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="A run folder, or an adapter folder in either format.")
+        str, typer.Argument(metavar="RUN|ADAPTER", help="A run, or an adapter folder in PEFT's or mlx-lm's format.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write: new or empty.")],
-    format_: Annotated[str, typer.Option("--format", metavar="peft|mlx-lm", help="Whose format to write.")],
-    force: Annotated[bool, typer.Option("--force", help="Replace the adapter that OUT holds.")] = False,
+    to: Annotated[str, typer.Option("--to", metavar="|".join(FORMS), help="What to write.")],
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="Folder to write: new or empty (default: named here).")
+    ] = None,
+    stage: Annotated[
+        str | None, typer.Option("--round", metavar="N", help="Stage of a run: a number, seed, or last (default).")
+    ] = None,
+    bits: Annotated[int | None, typer.Option("--bits", help="With --to merged: 4, as mlx-lm has them.")] = None,
+    llama_cpp: Annotated[
+        Path | None, typer.Option("--llama-cpp", metavar="DIR", help="Checkout of llama.cpp, for its converters.")
+    ] = None,
+    upload: Annotated[
+        str | None, typer.Option("--upload", metavar="REPO", help="With --to hub-folder: put it there, private.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --upload: for all to see.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the export that OUT holds; write 4 bits all the same.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print export.json.")] = False,
 ) -> None:
-    """Write an adapter for PEFT or mlx-lm, checked with the other framework where that is installed.
+    """Write an adapter for PEFT, mlx-lm, llama.cpp, Ollama or the hub, and check that it does the same there.
 
-    The model is --model; for a run folder, the run's; else the built-in one.
+    The base is --model; for a run, the run's; else the built-in one.
+
+    With merged, gguf and ollama, --dtype is what they are written in (default: the base's own, for GGUF float16).
     """
     import msgspec
 
-    from spa_lite import backends, exchange
+    from spa_lite import backends
     from spa_lite.cli import render
+    from spa_lite.cli.export_forms import export_into
+    from spa_lite.cli.export_home import Order
+    from spa_lite.cli.export_source import RECORD, check_alone, check_free, source_of
     from spa_lite.files import write_json
 
-    check_format(format_)
-    adapter = adapter_of(source)
-    recipe, _ = resolve(_settings(source, given), default_scale=default_scale)
+    form = check_form(to)
+    check_upload(form, upload, public)
+    dtype = given.pop("model.dtype", None) if form in OF_WEIGHTS else None
+    found = source_of(source, stage, given)
+    check_alone(found.adapter)
+    out = out or Path(f"{found.name}-{form}")
     check_free(out, force)
-    name = backends.choose(recipe.inputs.backend)[0]
+    name = backends.choose(found.recipe.inputs.backend, found.recipe.inputs.model)[0]
+    if name == "llamacpp":
+        raise BackendError(
+            "an adapter is exported from the base as a model folder: give that as --model, not a GGUF file"
+        )
     if name == "toy":
         raise BackendError("adapters of the toy backend fit no other program: export one of a real model (--backend)")
-    if recipe.inputs.model is None:
+    if found.recipe.inputs.model is None:
         render.note("the base is the built-in lesson model (give --model for another)")
     with whole_folder(out) as folder:
-        record = write(folder, adapter, source, format_, recipe)
-        record["checked"], said = check_elsewhere(folder, source, record, recipe)
+        record = export_into(folder, Order(found, form, dtype, bits, force, llama_cpp))
+        record["files"] = sorted([*(path.name for path in folder.iterdir()), RECORD])
         write_json(folder / RECORD, record)
-    render.note(said)
-    if record["dtype"] not in exchange.EXACT:
-        render.note(f"a check in {record['dtype']} is only shown where it is loaded; --dtype float32 makes it binding")
-    render.note(f"adapter: {out} ({format_})")
+    say(record)
+    render.note(f"{WHAT[form]}: {out}")
+    if upload:
+        render.note(f"uploaded to {upload_folder(out, upload, public)}")
     if as_json:
         print(msgspec.json.encode(record).decode())
 
 
-# What is asked
+WHAT = {
+    "peft": "adapter for PEFT",
+    "mlx": "adapter for mlx-lm",
+    "gguf-lora": "adapter for llama.cpp",
+    "gguf": "model for llama.cpp",
+    "merged": "merged model",
+    "ollama": "folder for Ollama (ollama create NAME -f Modelfile, in it)",
+    "hub-folder": "folder to share",
+}
 
 
-def check_format(name: str) -> None:
-    """Raises RecipeError naming the nearest format."""
-    if name not in HOMES:
-        near = difflib.get_close_matches(name, HOMES, n=1, cutoff=0.0)[0]
-        raise RecipeError(f"there is no format {name!r}; did you mean {near}? (--format takes {' or '.join(HOMES)})")
+def check_form(word: str) -> str:
+    """The form that a word means. Raises RecipeError naming the nearest."""
+    form = OTHER_WORDS.get(word, word)
+    if form not in FORMS:
+        near = difflib.get_close_matches(word, FORMS, n=1, cutoff=0.0)[0]
+        raise RecipeError(f"there is no form {word!r}; did you mean {near}? (--to takes {', '.join(FORMS)})")
+    return form
 
 
-def adapter_of(source: Path) -> Path:
-    """The adapter folder that a run folder holds, or that `source` is."""
-    for folder in (source, source / "adapter"):
-        if (folder / CONFIG).is_file():
-            return folder
-    if not source.is_dir():
-        raise ModelError(f"there is no folder {source}; give a run folder or an adapter folder")
-    raise ModelError(f"{source} holds no adapter ({CONFIG} or adapter/{CONFIG}); give a finished run or an adapter")
+def check_upload(form: str, upload: str | None, public: bool) -> None:
+    """Nothing is sent anywhere unless it is asked for, and only what was made for it."""
+    if upload and form != "hub-folder":
+        raise RecipeError(f"--upload sends a folder made for sharing: add --to hub-folder, not {form}")
+    if public and not upload:
+        raise RecipeError("--public is about --upload REPO; add that, or leave it out")
 
 
-def check_free(out: Path, force: bool) -> None:
-    """OUT is new or empty; or, with --force, a folder that holds an adapter and nothing else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    others = sorted({path.name for path in out.iterdir()} - OURS) if out.is_dir() else [out.name]
-    if others:
-        raise RunError(f"{out} is not empty and not only an adapter ({others[0]}); choose another folder")
-    if not force:
-        raise RunError(f"{out} already holds an adapter; choose another folder, or replace it with --force")
+def say(record: dict[str, Any]) -> None:
+    """The numbers of the checks, and what they mean."""
+    from spa_lite import exchange
+    from spa_lite.cli import render
+
+    for check in record["checks"]:
+        render.note(
+            f"checked with {check['with']}: {check['rows']} answers, {check['tokens']} tokens, at most"
+            f" {check['largest']:.1g} and on average {check['mean']:.1g} nats apart"
+            + ("" if check.get("comparable", True) else " (only shown: another base or precision)")
+        )
+        if check["mean"] > record["effect"] / 2 and record["form"] in OF_WEIGHTS:
+            render.note(
+                f"warning: the adapter itself moves a token by only {record['effect']:.1g} nats on average: in this"
+                " form there is more rounding than adapter"
+            )
+    for reason in record["not_checked"]:
+        render.note(f"not yet checked: {reason}")
+    merged = record.get("merged")
+    if count := record.get("matrices") or (merged or {}).get("tensors"):
+        render.note(f"read back: {count} tensors are in the file as they were meant")
+    if merged:
+        render.note(
+            f"written in {record['written']}: {100 * merged['share']:.2f} % of the wanted change arrived, cosine"
+            f" {merged['cosine']:.4f} (1: and nothing else changed)"
+        )
+    if record["dtype"] not in exchange.EXACT and record["form"] not in OF_WEIGHTS:
+        render.note(f"a check in {record['dtype']} is only shown where it is loaded; --dtype float32 makes it binding")
+    if record.get("read_otherwise"):
+        render.note(f"warning: llama.cpp reads {record['read_otherwise']} of 16 prompts as other tokens than here")
+    if record.get("stops_left_out"):
+        render.note(
+            f"{record['stops_left_out']} tokens that end an answer are ordinary text; the Modelfile leaves them out"
+        )
+    if record.get("trims"):
+        render.note("the model's template cuts spaces around what is said; Ollama's cannot")
+    if record.get("system_turns") is False:
+        render.note("the model's template takes no system turn; Ollama will leave one out")
 
 
-def _settings(source: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """What the command line says, on top of the model of the run. Refuses what has no meaning here."""
-    from spa_lite.recipe import SETTINGS, read_yaml
+def upload_folder(folder: Path, repo: str, public: bool) -> str:
+    """Put a folder on the hub, private unless `public`. Returns its address."""
+    from huggingface_hub import HfApi
 
-    odd = [path for path in given if not path.startswith((*OF_THE_MODEL, "inputs.device"))]
-    if odd:
-        raise RecipeError(f"export does not read {SETTINGS[odd[0]].flag}; the adapter is SOURCE, the base is --model")
-    recipe = source / "recipe.yaml"
-    of_run = read_yaml(recipe) if recipe.is_file() else {}
-    kept = {path: value for path, value in of_run.items() if path.startswith(OF_THE_MODEL) and value is not None}
-    return kept | given
-
-
-# What is written
-
-
-def write(folder: Path, adapter: Path, source: Path, format_: str, recipe: Recipe) -> dict[str, Any]:
-    """Write adapter and check with the recipe's backend, read them back, and free the backend. Returns the record."""
-    from spa_lite import backends, exchange, prepare
-    from spa_lite.backend import POLICY
-    from spa_lite.cli.checks import check_adapter
-
-    backend = backends.load(recipe.inputs.backend, prepare.model_settings(recipe))
-    check_adapter(backend, adapter)
-    backend.bind(POLICY, adapter)
-    _write_adapter(backend, folder, source, format_, base_name(recipe.inputs.model))
-    dtype, bits = str(backend.description["dtype"]), int(backend.description["bits"])
-    exchange.write_check(folder, exchange.check_rows(backend), backend.fingerprint, dtype, bits)
-    backend.bind(POLICY, folder)
-    verdict = exchange.verify(backend, folder)
-    if verdict.comparable and not verdict.ok:
-        raise ModelError(f"{source} was not exported: read back as {format_}, it {exchange.sentence(verdict)}")
-    return {
-        "format": format_,
-        "source": source.resolve().name,
-        "model": base_name(recipe.inputs.model),
-        "base": backend.fingerprint,
-        "backend": backend.name,
-        "dtype": dtype,
-        "bits": bits,
-    }
-
-
-def _write_adapter(backend: Backend, folder: Path, source: Path, format_: str, base: str) -> None:
-    """What POLICY is bound to, through PEFT's format, which every backend writes."""
-    import safetensors.numpy as safetensors
-
-    from spa_lite.backends import adapter_files
-
-    with tempfile.TemporaryDirectory() as saved:
-        backend.save(Path(saved))
-        stored = adapter_files.read(Path(saved), safetensors.load_file)
-    if format_ == "peft":
-        adapter_files.write_peft(folder, stored.config, stored.tensors, base)
-    else:
-        adapter_files.write_mlx_lm(folder, dataclasses.replace(stored, name=str(source)))
-
-
-def base_name(model: str | None) -> str:
-    """What to call the base in files that others read: a hub name, or a folder's own name without its place."""
-    if model is None:
-        return "spa-lite lesson model"
-    path = Path(model).expanduser()
-    local = path.is_dir() or path.is_absolute() or model.startswith((".", "~"))
-    return path.resolve().name if local else model
+    try:
+        api = HfApi()
+        place = str(api.create_repo(repo, private=not public, exist_ok=True))
+        api.upload_folder(repo_id=repo, folder_path=str(folder))
+    except Exception as error:  # no token, no network, a name that is taken: each library layer has its own kind
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise RunError(
+            f"{folder} was written, but not uploaded to {repo}: {reason}; try: hf upload {repo} {folder}"
+        ) from error
+    return place
 
 
 @contextmanager
@@ -192,48 +192,3 @@ def whole_folder(out: Path) -> Iterator[Path]:
         raise RunError(f"cannot write {out}: {error.strerror or error}; choose another folder") from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
-
-
-# What the other framework says
-
-
-def check_elsewhere(
-    folder: Path, source: Path, record: dict[str, Any], recipe: Recipe
-) -> tuple[dict[str, Any] | None, str]:
-    """Check with the framework that did not write it: what it found (None: nothing), and a sentence about it.
-
-    Raises ModelError if that framework computes something else, or cannot read a format of its own.
-    """
-    from spa_lite import backends, exchange, prepare
-    from spa_lite.backend import POLICY
-    from spa_lite.cli import render
-
-    other = "torch" if record["backend"] == "mlx" else "mlx"
-    later = "whoever loads it checks then"
-    if other not in backends.TABLE or backends.missing(other):
-        return None, f"not yet checked: {other} is not installed here; {later}"
-    render.note(f"checking with {other}")
-    settings = dataclasses.replace(prepare.model_settings(recipe), device="auto", dtype=record["dtype"])
-    try:
-        backend = backends.load(other, settings)
-    except SpaError as error:
-        return None, f"not yet checked: {other} cannot load this model ({error}); {later}"
-    try:
-        backend.bind(POLICY, folder)
-    except ModelError as error:
-        reason = str(error).replace(str(folder), "it")
-        if HOMES[record["format"]] == other:
-            raise ModelError(f"{source} was not exported: {other} refuses it ({reason})") from error
-        return None, f"not yet checked: {other} refuses it ({reason}); {later}"
-    verdict = exchange.verify(backend, folder)
-    if verdict.comparable and not verdict.ok:
-        raise ModelError(f"{source} was not exported: in {other} it {exchange.sentence(verdict)}")
-    found = {
-        "backend": other,
-        "version": version(other),
-        "rows": verdict.rows,
-        "largest_difference": verdict.largest,
-        "comparable": verdict.comparable,
-        "ok": verdict.ok,
-    }
-    return found, f"in {other} it {exchange.sentence(verdict)}"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 from rich.table import Table
 
 from spa_lite.cli.render import number, safe
 from spa_lite.compare import Cell, Comparison, Difference, Estimate
-from spa_lite.figures import visible
+from spa_lite.markdown import literal
 
 TITLES = {"win_rate": "win rate vs init %", "pair_accuracy": "held-out pairs %"}
 COLUMNS = (
@@ -62,12 +61,6 @@ def markdown(comparison: Comparison) -> str:
         lines += ["", "Failed:", ""]
         lines += [f"- seed {seed} of {literal(cell)}: {literal(error)}" for cell, seed, error in failures(comparison)]
     return "\n".join(lines) + "\n"
-
-
-def literal(text: str) -> str:
-    """Text that Markdown shows as it is. An underscore between letters needs no care."""
-    text = visible(text).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\`*\[\]>|~$]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
 def name(comparison: Comparison) -> str:

@@ -29,6 +29,11 @@ MAX_TOKENS = 300
 TOLERANCE = 1e-3
 """Nats by which a response of up to 300 tokens may differ. PyTorch and MLX, in float32, were seen 1e-4 apart."""
 
+ROUNDING = {"float32": 5e-5, "float16": 5e-3, "bfloat16": 3e-2, "4 bits": 0.5}
+"""Nats per token, on average, by which another form of the same model may differ, by the coarser precision of the two.
+
+Seen on models of up to 3 million parameters: 4e-6, 1e-3, 7e-3 and 0.14. Queries and keys in the wrong order: 1.3."""
+
 EXACT = ("float32", "float64")
 """In these a difference is a fault; in half precision two machines differ by more than a wrong adapter may."""
 
@@ -72,11 +77,23 @@ class Line(CheckRow, frozen=True, kw_only=True):
     bits: int
 
 
+class Difference(Record, frozen=True, kw_only=True):
+    """How far the log-probabilities of the same tokens are apart, in nats: `largest` and `mean` per token, `answer` the
+    largest of a response's sum (of a longer one than 300 tokens, per 300)."""
+
+    rows: int
+    tokens: int
+    largest: float
+    mean: float
+    answer: float
+
+
 class Verdict(Record, frozen=True, kw_only=True):
     """What a check found.
 
     `largest` is the largest difference of a response's summed log-probability, in nats (of a longer one, per 300
     tokens). It is a fault only where it is `comparable`: same base, same full precision; else `why` says why not.
+    `token` and `mean` are the largest and the mean difference of a single token.
     """
 
     rows: int
@@ -84,6 +101,9 @@ class Verdict(Record, frozen=True, kw_only=True):
     comparable: bool
     ok: bool
     why: str = ""
+    token: float = 0.0
+    mean: float = 0.0
+    tokens: int = 0
 
 
 def check_rows(backend: Backend, prompts: Sequence[str] = PROMPTS, seed: int = 0) -> list[CheckRow]:
@@ -133,12 +153,39 @@ def verify(backend: Backend, folder: Path, role: str = POLICY) -> Verdict:
     lines = read_check(path)
     _fits(backend, path, lines)
     try:
-        found = _logps(backend, [Row(prompt=line.prompt, responses=(line.response,)) for line in lines], role)
+        off = differ(backend, lines, role)
     except ModelError as error:  # an id beyond the vocabulary
         raise ModelError(f"{path} cannot be scored by this model: it was written for another base") from error
-    largest = max(_difference(line.logps, logps) for line, logps in zip(lines, found, strict=True))
     why = _why_not(backend, lines[0])
-    return Verdict(rows=len(lines), largest=largest, comparable=not why, ok=largest <= TOLERANCE, why=why)
+    return Verdict(
+        rows=off.rows,
+        largest=off.answer,
+        comparable=not why,
+        ok=off.answer <= TOLERANCE,
+        why=why,
+        token=off.largest,
+        mean=off.mean,
+        tokens=off.tokens,
+    )
+
+
+def differ(backend: Backend, lines: Sequence[CheckRow], role: str) -> Difference:
+    """Score the tokens of some rows under a role and compare. What is not a number is infinitely far."""
+    found = _logps(backend, [Row(prompt=line.prompt, responses=(line.response,)) for line in lines], role)
+    tokens = np.abs(np.concatenate([np.subtract(now, line.logps) for line, now in zip(lines, found, strict=True)]))
+    tokens = np.where(np.isfinite(tokens), tokens, np.inf)
+    return Difference(
+        rows=len(lines),
+        tokens=len(tokens),
+        largest=float(tokens.max()),
+        mean=float(tokens.mean()),
+        answer=max(_difference(line.logps, logps) for line, logps in zip(lines, found, strict=True)),
+    )
+
+
+def allowed(*precisions: str) -> float:
+    """Nats per token by which two forms in these precisions may differ on average. An unknown one counts as coarse."""
+    return max(ROUNDING.get({"float64": "float32"}.get(name, name), ROUNDING["4 bits"]) for name in precisions)
 
 
 def sentence(verdict: Verdict) -> str:

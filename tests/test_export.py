@@ -73,7 +73,9 @@ def test_an_adapter_that_is_what_it_was_agrees(tmp_path: Path) -> None:
     folder = checked(tmp_path, backend)
     assert len(lines(folder / "check.jsonl")) == 16
     verdict = exchange.check_adapter(toy(), folder)
-    assert verdict == exchange.Verdict(rows=16, largest=0.0, comparable=True, ok=True)
+    assert verdict is not None
+    assert (verdict.rows, verdict.largest, verdict.token, verdict.mean) == (16, 0.0, 0.0, 0.0)
+    assert (verdict.comparable, verdict.ok, verdict.tokens) == (True, True, 370)
     assert exchange.sentence(verdict) == "agrees with its check: 16 answers within 0 nats"
     before = (folder / "check.jsonl").read_bytes()
     assert before == (checked(tmp_path, backend) / "check.jsonl").read_bytes()
@@ -297,14 +299,14 @@ def logps(folder: Path, model: Path) -> list[float]:
     return [value for row in exchange.check_rows(backend) for value in row.logps]
 
 
-FILES = {"peft": "adapter_model.safetensors", "mlx-lm": "adapters.safetensors"}
+FILES = {"peft": "adapter_model.safetensors", "mlx": "adapters.safetensors"}
 
 
 @needs_torch
 @pytest.mark.parametrize("form", FILES)
 def test_export(form: str, world: Path, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The files, what they say, and what they do not; the adapter itself is exactly the one that went in."""
-    code, out, err = export(capfd, world / "adapter", "out", "--format", form, "--model", world / "llama")
+    code, out, err = export(capfd, world / "adapter", "out", "--to", form, "--model", world / "llama")
     assert code == 0, err
     assert out == ""
     assert "not yet checked: mlx is not installed here; whoever loads it checks then" in err
@@ -314,16 +316,22 @@ def test_export(form: str, world: Path, here: Path, capfd: pytest.CaptureFixture
     assert sorted(path.name for path in here.iterdir()) == ["out"]
     record = json.loads((here / "out/export.json").read_text())
     base = backends.load("torch", ModelSettings(str(world / "llama"), device="cpu")).fingerprint
+    effect, (check,) = record.pop("effect"), record.pop("checks")
     assert record == {
-        "format": form,
+        "form": form,
         "source": "adapter",
         "model": "llama",
         "base": base,
         "backend": "torch",
         "dtype": "float32",
         "bits": 32,
-        "checked": None,
+        "not_checked": ["mlx is not installed here; whoever loads it checks then"],
+        "files": sorted(path.name for path in (here / "out").iterdir()),
     }
+    assert effect > 0.01
+    assert (check["with"], check["rows"], check["largest"], check["mean"], check["ok"]) == ("torch", 16, 0.0, 0.0, True)
+    assert check["tokens"] == sum(len(line["response"]) for line in lines(here / "out/check.jsonl"))
+    assert f"checked with torch: 16 answers, {check['tokens']} tokens, at most 0 and on average 0 nats apart" in err
     for path in (here / "out").iterdir():
         content = path.read_bytes()
         assert b"secret-place" not in content
@@ -335,8 +343,8 @@ def test_export(form: str, world: Path, here: Path, capfd: pytest.CaptureFixture
 @needs_torch
 def test_there_and_back_is_the_same_adapter(world: Path, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = ("--model", world / "llama")
-    assert export(capfd, world / "adapter", "mlx", "--format", "mlx-lm", *model)[0] == 0
-    code, _, err = export(capfd, "mlx", "deep/back", "--format", "peft", *model)
+    assert export(capfd, world / "adapter", "mlx", "--to", "mlx", *model)[0] == 0
+    code, _, err = export(capfd, "mlx", "deep/back", "--to", "peft", *model)
     assert code == 0, err
     assert "mlx agrees with its check" in err, "what is exported again is checked first"
     path = "adapter_model.safetensors"
@@ -350,7 +358,7 @@ def test_there_and_back_is_the_same_adapter(world: Path, here: Path, capfd: pyte
 def test_a_run_brings_its_model(world: Path, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """And --json is what a program reads."""
     (here / "out").mkdir()
-    code, out, err = export(capfd, world / "run", "out", "--format", "mlx-lm", "--json")
+    code, out, err = export(capfd, world / "run", "out", "--to", "mlx", "--json")
     assert code == 0, err
     assert json.loads(out) == json.loads((here / "out/export.json").read_text())
     assert json.loads(out)["source"] == "run"
@@ -361,7 +369,7 @@ def test_a_run_brings_its_model(world: Path, here: Path, capfd: pytest.CaptureFi
 def test_what_was_exported_is_checked_when_it_is_loaded(
     world: Path, here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    export(capfd, world / "adapter", "out", "--format", "mlx-lm", "--model", world / "llama")
+    export(capfd, world / "adapter", "out", "--to", "mlx", "--model", world / "llama")
     (here / "prompts.jsonl").write_text('{"prompt": "the baker mends"}\n')
     words = ["sample", "--prompts", "prompts.jsonl", "--adapter-path", "out", "--rounds", "1"]
     words += ["--max-tokens", "4", "--max-prompt-length", "100", "--model"]
@@ -381,20 +389,20 @@ def test_what_was_exported_is_checked_when_it_is_loaded(
 
 @needs_torch
 def test_force_replaces_an_adapter_and_nothing_else(world: Path, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    words = [world / "adapter", "out", "--model", world / "llama", "--format"]
+    words = [world / "adapter", "out", "--model", world / "llama", "--to"]
     assert export(capfd, *words, "peft")[0] == 0
     before = (here / "out/export.json").read_bytes()
-    code, _, err = export(capfd, *words, "mlx-lm")
+    code, _, err = export(capfd, *words, "mlx")
     assert code == 1
-    assert "error: out already holds an adapter; choose another folder, or replace it with --force" in err
+    assert "error: out already holds an export; choose another folder, or replace it with --force" in err
     assert (here / "out/export.json").read_bytes() == before
-    assert export(capfd, *words, "mlx-lm", "--force")[0] == 0
+    assert export(capfd, *words, "mlx", "--force")[0] == 0
     assert (here / "out/adapters.safetensors").exists()
     assert not (here / "out/adapter_model.safetensors").exists()
     (here / "out/thesis.tex").write_text("x")
     code, _, err = export(capfd, *words, "peft", "--force")
     assert code == 1
-    assert "out is not empty and not only an adapter (thesis.tex)" in err
+    assert "out is not empty and not only an export (thesis.tex)" in err
     assert (here / "out/adapters.safetensors").exists()
     assert sorted(path.name for path in here.iterdir()) == ["out"]
 
@@ -403,7 +411,7 @@ def test_force_replaces_an_adapter_and_nothing_else(world: Path, here: Path, cap
 def test_half_precision_says_that_its_check_binds_nobody(
     world: Path, here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    words = [world / "adapter", "out", "--format", "peft", "--model", world / "llama", "--dtype", "bfloat16"]
+    words = [world / "adapter", "out", "--to", "peft", "--model", world / "llama", "--dtype", "bfloat16"]
     code, _, err = export(capfd, *words)
     assert code == 0, err
     assert "a check in bfloat16 is only shown where it is loaded; --dtype float32 makes it binding" in err
@@ -460,7 +468,7 @@ def picky(settings: ModelSettings) -> Any:
 def other(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Make a function of this file the other framework."""
     monkeypatch.setattr(backends, "missing", lambda name: ())
-    monkeypatch.setattr("spa_lite.cli.export.version", lambda name: "1.2.3")
+    monkeypatch.setattr("spa_lite.cli.export_checks.version", lambda name: "1.2.3")
 
     def use(name: str) -> None:
         monkeypatch.setitem(backends.TABLE, "mlx", backends.Entry(f"tests.test_export:{name}", (), None))
@@ -473,34 +481,38 @@ def test_the_other_framework_is_asked(
     world: Path, here: Path, capfd: pytest.CaptureFixture[str], other: Callable[[str], None]
 ) -> None:
     """What it finds is recorded; what it cannot do is said; what it computes otherwise stops the export."""
-    words = [world / "adapter", "out", "--force", "--model", world / "llama", "--format"]
+    words = [world / "adapter", "out", "--force", "--model", world / "llama", "--to"]
     other("straight")
-    code, out, err = export(capfd, *words, "mlx-lm", "--json")
+    code, out, err = export(capfd, *words, "mlx", "--json")
     assert code == 0, err
-    assert "in mlx it agrees with its check" in err
-    assert json.loads(out)["checked"] == {
-        "backend": "mlx",
+    assert "checked with mlx: 16 answers" in err
+    found = json.loads(out)["checks"][1]
+    assert found.pop("tokens") > 16
+    assert found == {
+        "with": "mlx",
         "version": "1.2.3",
         "rows": 16,
-        "largest_difference": 0.0,
+        "largest": 0.0,
+        "mean": 0.0,
+        "largest_answer": 0.0,
         "comparable": True,
         "ok": True,
     }
     other("absent")
-    code, out, err = export(capfd, *words, "mlx-lm", "--json")
+    code, out, err = export(capfd, *words, "mlx", "--json")
     assert code == 0, err
     assert "not yet checked: mlx cannot load this model (no such architecture" in err
-    assert json.loads(out)["checked"] is None
+    assert len(json.loads(out)["checks"]) == 1
     other("picky")
     code, out, err = export(capfd, *words, "peft", "--json")
     assert code == 0, err
     assert "not yet checked: mlx refuses it (it is too rich)" in err
     before = (here / "out/export.json").read_bytes()
-    code, _, err = export(capfd, *words, "mlx-lm")
+    code, _, err = export(capfd, *words, "mlx")
     assert code == 1, "mlx must be able to read mlx-lm's format"
     assert "was not exported: mlx refuses it (it is too rich)" in err
     other("crooked")
-    code, _, err = export(capfd, *words, "mlx-lm")
+    code, _, err = export(capfd, *words, "mlx")
     assert code == 1
     assert "was not exported: in mlx it differs from its check by" in err
     assert (here / "out/export.json").read_bytes() == before, "what was there is untouched"
@@ -515,35 +527,46 @@ def test_torch_and_mlx_agree(
     form: str, writer: str, world: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Whoever writes, and whatever the format, the other one computes the same."""
-    words = [world / "adapter", tmp_path / "out", "--format", form, "--model", world / "llama", "--backend", writer]
+    words = [world / "adapter", tmp_path / "out", "--to", form, "--model", world / "llama", "--backend", writer]
     code, out, err = export(capfd, *words, "--json")
     assert code == 0, err
     found = json.loads(out)
     assert found["backend"] == writer
-    assert found["checked"]["backend"] != writer
-    assert found["checked"]["ok"]
-    assert found["checked"]["comparable"]
-    assert found["checked"]["largest_difference"] < exchange.TOLERANCE
+    assert found["checks"][0]["with"] == writer
+    other = found["checks"][1]
+    assert other["with"] != writer
+    assert other["ok"]
+    assert other["comparable"]
+    assert other["largest_answer"] < exchange.TOLERANCE
 
 
 WRONG: list[tuple[list[str], int, str]] = [
-    (["nowhere", "out"], 1, "there is no folder nowhere; give a run folder or an adapter folder"),
+    (["nowhere", "out"], 1, "nowhere is no folder here: there is no run 'nowhere'"),
     (["empty", "out"], 1, "empty holds no adapter (adapter_config.json or adapter/adapter_config.json)"),
-    (["good", "out", "--format", "mlx_lm"], 2, "there is no format 'mlx_lm'; did you mean mlx-lm?"),
-    (["good", "out", "--format", "pefft"], 2, "did you mean peft?"),
-    (["good", "full"], 1, "full is not empty and not only an adapter (thesis.tex)"),
-    (["good", "full", "--force"], 1, "full is not empty and not only an adapter (thesis.tex)"),
-    (["good", "prompts.jsonl"], 1, "prompts.jsonl is not empty and not only an adapter"),
-    (["good", "bad"], 1, "bad already holds an adapter; choose another folder, or replace it with --force"),
+    (["good", "out", "--to", "gguff"], 2, "there is no form 'gguff'; did you mean gguf?"),
+    (["good", "out", "--round", "1"], 1, "--round 1 picks a stage of a run, and good is an adapter"),
+    (["good", "out", "--to", "gguf", "--bits", "4"], 2, "--bits is for --to merged"),
+    (["good", "out", "--to", "merged", "--bits", "3"], 2, "--bits 3 is not offered"),
+    (["good", "out", "--to", "merged", "--bits", "4", "--dtype", "float16"], 2, "exclude each other"),
+    (["good", "out", "--to", "merged", "--dtype", "auto"], 2, "--dtype auto is no precision of a file"),
+    (["good", "out", "--upload", "me/mine"], 2, "add --to hub-folder, not peft"),
+    (["good", "out", "--public"], 2, "--public is about --upload REPO"),
+    (["good", "out", "--adapter-path", "x"], 2, "--adapter-path"),
+    (["good", "out", "--init-adapter", "x"], 2, "--init-adapter"),
+    (["good", "out", "--model", "x.gguf"], 1, "not a GGUF file"),
+    (["good", "out", "--to", "pefft"], 2, "did you mean peft?"),
+    (["good", "full"], 1, "full is not empty and not only an export (thesis.tex)"),
+    (["good", "full", "--force"], 1, "full is not empty and not only an export (thesis.tex)"),
+    (["good", "prompts.jsonl"], 1, "prompts.jsonl is not empty and not only an export"),
+    (["good", "bad"], 1, "bad already holds an export; choose another folder, or replace it with --force"),
     (["good", "out", "--backend", "toy", "--model", "toy"], 1, "adapters of the toy backend fit no other program"),
     (["good", "out", "--backend", "tourch"], 1, "there is no backend 'tourch'"),
-    (["good", "out", "--adapter-path", "x"], 2, "export does not read --adapter-path"),
-    (["good", "out", "--seed-pairs", "x"], 2, "export does not read --seed-pairs"),
-    (["good"], 2, "'OUT'"),
 ]
 
 
-@pytest.mark.parametrize(("words", "code", "names"), WRONG, ids=[" ".join(words[1:3]) for words, _, _ in WRONG])
+@pytest.mark.parametrize(
+    ("words", "code", "names"), WRONG, ids=[" ".join(words[:1] + words[2:]) or words[0] for words, _, _ in WRONG]
+)
 def test_wrong_input_gets_one_sentence(
     toys: Path, capfd: pytest.CaptureFixture[str], words: list[str], code: int, names: str
 ) -> None:
@@ -552,7 +575,7 @@ def test_wrong_input_gets_one_sentence(
     (toys / "full").mkdir()
     (toys / "full/thesis.tex").write_text("x")
     before = sorted(toys.rglob("*"))
-    found, _, err = export(capfd, *words, *([] if "--format" in words else ["--format", "peft"]))
+    found, _, err = export(capfd, *words, *([] if "--to" in words else ["--to", "peft"]))
     assert found == code, err
     last = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(last) == 1
@@ -560,10 +583,10 @@ def test_wrong_input_gets_one_sentence(
     assert sorted(toys.rglob("*")) == before
 
 
-def test_a_format_must_be_named(toys: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_form_must_be_named(toys: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, _, err = export(capfd, "good", "out")
     assert code == 2
-    assert "--format" in err
+    assert "--to" in err
 
 
 def test_a_run_of_the_toy_is_refused(toys: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -571,7 +594,7 @@ def test_a_run_of_the_toy_is_refused(toys: Path, capfd: pytest.CaptureFixture[st
     (toys / "run").mkdir()
     shutil.copytree("good", "run/adapter")
     write_recipe(toys / "run", build({"x": {"inputs.model": "toy", "inputs.backend": "toy"}})[0])
-    code, _, err = export(capfd, "run", "out", "--format", "peft")
+    code, _, err = export(capfd, "run", "out", "--to", "peft")
     assert code == 1
     assert "adapters of the toy backend" in err
 
@@ -579,7 +602,7 @@ def test_a_run_of_the_toy_is_refused(toys: Path, capfd: pytest.CaptureFixture[st
 @needs_torch
 def test_an_adapter_for_another_model_is_refused(world: Path, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """By name, and without a half-written folder."""
-    code, _, err = export(capfd, world / "adapter", "out", "--format", "peft")
+    code, _, err = export(capfd, world / "adapter", "out", "--to", "peft")
     assert code == 1
     assert "the base is the built-in lesson model" in err
     assert f"error: adapter {world / 'adapter'} does not fit" in err
@@ -592,8 +615,8 @@ def test_what_a_format_cannot_say_is_refused(world: Path, here: Path, capfd: pyt
     shutil.copytree(world / "adapter", "rich")
     config = json.loads((here / "rich/adapter_config.json").read_text())
     (here / "rich/adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {"q_proj": 3}}))
-    words = ["rich", "out", "--model", world / "llama", "--format"]
-    code, _, err = export(capfd, *words, "mlx-lm")
+    words = ["rich", "out", "--model", world / "llama", "--to"]
+    code, _, err = export(capfd, *words, "mlx")
     assert code == 1
     assert "error: rich uses alpha_pattern, which mlx-lm's format cannot hold: use plain LoRA instead" in err
     assert not (here / "out").exists()
@@ -606,7 +629,7 @@ def test_a_place_that_cannot_be_written_is_one_sentence(
     world: Path, here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (here / "file").write_text("x")
-    words = [world / "adapter", "file/out", "--format", "peft", "--model", world / "llama"]
+    words = [world / "adapter", "file/out", "--to", "peft", "--model", world / "llama"]
     code, _, err = export(capfd, *words)
     assert code == 1
     assert "error: cannot write file/out: " in err
