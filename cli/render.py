@@ -22,13 +22,29 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def safe(text: str) -> str:
     """Text from a model or a file, with control characters and direction overrides shown instead of obeyed."""
+    return escape(plain(text))
+
+
+def plain(text: str) -> str:
+    """The same for what is not read as markup. Goes by single characters: pieces of a text may come one by one."""
 
     def shown(char: str) -> str:
         if char in "\n\t" or unicodedata.category(char) not in {"Cc", "Cf", "Cs", "Co", "Cn"}:
             return char
         return f"\\u{ord(char):04x}"
 
-    return escape("".join(map(shown, text)))
+    return "".join(map(shown, text))
+
+
+def piece(text: str) -> None:
+    """A piece of a model's answer on stdout, at once and without a line of its own."""
+    out.print(Text(plain(text)), end="")
+    out.file.flush()
+
+
+def aside(message: str) -> None:
+    """A dim remark on stderr."""
+    err.print(Text(plain(message), style="dim"))
 
 
 def note(message: str) -> None:

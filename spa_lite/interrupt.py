@@ -69,3 +69,26 @@ def deferred(tell: Callable[[], None] = lambda: None) -> Iterator[Callable[[], b
         yield lambda: bool(caught)
     if caught:
         hand_on(caught[0], None)
+
+
+@contextmanager
+def patient(tell: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
+    """For a program that one talks to: Ctrl-C is noted in the list that is yielded, and whoever is at work looks there.
+
+    The list is cleared before each piece of work. A second Ctrl-C in it calls `tell`, a third raises KeyboardInterrupt.
+    SIGTERM ends the program at once, with its exit code.
+    """
+    caught: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM:
+            raise SystemExit(EXIT_CODES[signal.SIGTERM])
+        caught.append(number)
+        if len(caught) > 2:
+            raise KeyboardInterrupt
+        if len(caught) == 2:
+            with suppress(RuntimeError):  # the signal came while something was being printed
+                tell()
+
+    with handled(remember):
+        yield caught
