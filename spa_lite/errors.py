@@ -9,6 +9,7 @@ SpaError
 ├── ModelError       a model, tokenizer, template or adapter cannot be used
 ├── RunError         a run folder cannot be used
 │   └── StaleRun         a changed setting touches a stage that is already finished
+├── ServeError       the endpoint cannot be opened
 └── TrainingDiverged the loss or its gradient stayed non-finite
 """
 
@@ -58,3 +59,7 @@ class TrainingDiverged(SpaError):
 
 class JudgeError(SpaError):
     """A judge cannot judge: its server does not answer, or its replies cannot be read."""
+
+
+class ServeError(SpaError):
+    """The endpoint cannot be opened: its port, its libraries or its key."""

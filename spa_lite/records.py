@@ -11,8 +11,8 @@ from typing import Any, Literal
 import msgspec
 
 Ids = tuple[int, ...]
-Ended = Literal["eos", "cap", "human"]
-"""How an answer ended: the model stopped, the length cap cut it, or a person wrote it."""
+Ended = Literal["eos", "cap", "stop", "human"]
+"""How an answer ended: the model stopped, the length cap cut it, a stop string did, or a person wrote it."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=False):

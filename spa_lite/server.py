@@ -11,7 +11,6 @@ report another token than the one they chose.
 from __future__ import annotations
 
 import importlib.util
-import ipaddress
 import json
 import math
 import os
@@ -30,6 +29,7 @@ import msgspec
 import numpy as np
 
 from spa_lite.asking import ROUNDING, Conversation
+from spa_lite.door import is_loopback
 from spa_lite.errors import JudgeError
 from spa_lite.keys import digest
 from spa_lite.opinion import Tick
@@ -179,7 +179,7 @@ class ChatServer:
         """What asks one question; its connections are closed in the end."""
         import openai
 
-        proxies = not _loopback(self.url)
+        proxies = not is_loopback(urlsplit(self.url).hostname or "")  # none stands before this machine itself
         transport = openai.DefaultHttpxClient(
             timeout=openai.Timeout(self.timeout, connect=min(self.timeout, CONNECT)),
             follow_redirects=False,
@@ -435,12 +435,3 @@ def _short(said: str) -> str:
     """The beginning of somebody's words, on one line."""
     line = " ".join(_hidden(said).split())
     return (line if len(line) <= SHORT else f"{line[:SHORT]} ...") or "it says nothing"
-
-
-def _loopback(url: str) -> bool:
-    """Whether an address is this machine, which no proxy stands before."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -6,29 +6,49 @@ from collections.abc import Generator, Sequence
 
 from spa_lite.backend import POLICY, Backend, Sampling, Tokenizer
 from spa_lite.errors import DataError
-from spa_lite.records import Completion, Ids, Message
+from spa_lite.records import Completion, Ended, Ids, Message
 
 UNFINISHED = "\ufffd"
 """What a decoder puts for bytes that are not a letter yet: the next token may make them one."""
 
 
 def speak(
-    backend: Backend, prompt: Ids, sampling: Sampling, key: bytes, role: str = POLICY
+    backend: Backend, prompt: Ids, sampling: Sampling, key: bytes, role: str = POLICY, stop: Sequence[str] = ()
 ) -> Generator[str, None, Completion]:
-    """Yield the answer to a prompt in pieces of text, and return it whole. Closing the generator ends the answer."""
+    """Yield the answer to a prompt in pieces of text, and return it whole. Closing the generator ends the answer.
+
+    The text ends before the first of the strings in `stop`; the ids are those that were drawn until it was seen.
+    """
     ids: list[int] = []
-    said = ""
+    said = text = ""
+    ended: Ended = "cap"
     for token in backend.stream(prompt, sampling, key, role):
         ids.append(token)
-        text = backend.tokenizer.decode(ids)
-        if text.startswith(said) and not text.endswith(UNFINISHED) and text != said:
-            yield text[len(said) :]
-            said = text
-    text = backend.tokenizer.decode(ids)
+        whole = backend.tokenizer.decode(ids)
+        text = before(whole, stop)
+        if text != whole:
+            ended = "stop"
+            break
+        ready = text[: len(text) - begun(text, stop)]
+        if ready.startswith(said) and not text.endswith(UNFINISHED) and ready != said:
+            yield ready[len(said) :]
+            said = ready
     if text.startswith(said) and text != said:
         yield text[len(said) :]
-    ended = bool(ids) and ids[-1] in backend.tokenizer.stop_ids
-    return Completion(ids=tuple(ids), text=text, ended="eos" if ended else "cap")
+    if ended == "cap" and ids and ids[-1] in backend.tokenizer.stop_ids:
+        ended = "eos"
+    return Completion(ids=tuple(ids), text=text, ended=ended)
+
+
+def before(text: str, stop: Sequence[str]) -> str:
+    """The text up to the first of these strings."""
+    return text[: min((place for string in stop if (place := text.find(string)) >= 0), default=len(text))]
+
+
+def begun(text: str, stop: Sequence[str]) -> int:
+    """How many letters at the end of the text may turn out to be the beginning of one of these strings."""
+    sizes = (size for string in stop for size in range(1, len(string)) if text.endswith(string[:size]))
+    return max(sizes, default=0)
 
 
 def fitting(messages: Sequence[Message], tokenizer: Tokenizer, room: int) -> tuple[tuple[Message, ...], Ids, int]:

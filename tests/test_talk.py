@@ -59,3 +59,27 @@ def test_a_long_conversation_loses_its_oldest_exchanges(toy: Backend) -> None:
     assert fitting(said, toy.tokenizer, whole - 80)[2] == 4
     with pytest.raises(DataError, match=r"the last turn has .* tokens, but there is room for 20: shorten it"):
         fitting(said, toy.tokenizer, 20)
+
+
+def test_a_stop_string_ends_the_answer_before_itself(toy: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = toy.tokenizer.encode_answer(turns("?"), "one two tw three")
+    tokens = iter(ids)
+    monkeypatch.setattr(toy, "stream", lambda *_: tokens)
+
+    def said(*stop: str) -> tuple[list[str], Completion]:
+        nonlocal tokens
+        tokens = iter(ids)
+        stream, pieces = speak(toy, (1,), Sampling(), KEY, stop=stop), []
+        while True:
+            try:
+                pieces.append(next(stream))
+            except StopIteration as end:
+                return pieces, end.value
+
+    pieces, whole = said("two three", "tw t")
+    assert (pieces, whole.text, whole.ended) == ([*"one ", "two "], "one two ", "stop"), "held back while it may be one"
+    assert bytes(whole.ids) == b"one two tw t"
+    assert next(tokens) == ord("h"), "nothing is drawn after it"
+    pieces, whole = said("three!")
+    assert (pieces, whole.text, whole.ended) == ([*"one ", "tw", *"o ", "tw", " ", "three"], "one two tw three", "eos")
+    assert said("e t", "one")[1].text == "", "the first in the text, not in the list"
