@@ -31,7 +31,9 @@ from spa_lite.sources import BadRecord, Fields
 from spa_lite.stages import folder_digest
 from spa_lite.store import HEAD, digest
 
-ADAPTER, MODEL = "adapter_config.json", "config.json"
+ADAPTERS, MODEL = ("adapter_config.json", "adapter.gguf"), "config.json"
+"""Files that make a folder an adapter, or a model. A model may also be a file:"""
+GGUF = ".gguf"
 MODEL_WORD = "model:"
 ANSWER_FIELDS = ("output", "answer", "response")
 """Where a file may keep an answer: as AlpacaEval's files do, or in plain words."""
@@ -91,7 +93,8 @@ def run_of(path: Path) -> Path | None:
 
 
 def side_of(word: str, recipe: Recipe) -> Side:
-    """The side a word names: `init`, a run, a stage of one, an adapter, a model (folder or `model:NAME`), or a file.
+    """The side a word names: `init`, a run, a stage of one, an adapter, a model (folder, GGUF file or
+    `model:NAME`), or a file.
 
     `recipe` names the base model, unless the word does. Raises ModelError for anything else.
     """
@@ -100,10 +103,12 @@ def side_of(word: str, recipe: Recipe) -> Side:
     if word.startswith(MODEL_WORD):
         return Side(word, _other_model(recipe, word.removeprefix(MODEL_WORD)))
     path = Path(word)
+    if path.is_file() and path.suffix == GGUF:
+        return Side(word, _other_model(recipe, word))
     if path.is_file():
         return Side(word, recipe, file=path)
     for folder in (path, path / "adapter"):
-        if (folder / ADAPTER).is_file():
+        if any((folder / name).is_file() for name in ADAPTERS):
             return Side(word, recipe, folder)
     if path.name == "init" and run_of(path):
         return Side(word, recipe, _given_init(recipe))

@@ -41,7 +41,7 @@ PLOTS = ("cells", "grid", "rounds")
 TRACKED = ("tensorboard", "wandb", "trackio", "tracker-id")
 WRITTEN = {
     "run": ("init", "rounds", "adapter", "summary.json", "timings.json", "batching.json", "recipe.yaml",
-            "report", "eval", *TRACKED, ".writable", ".*.tmp", lock.NAME, HEAD),
+            "report", "eval", "compare", *TRACKED, ".writable", ".*.tmp", lock.NAME, HEAD),
     "study": ("cells", "results.csv", "results.json", "results.md",
               *(f"{name}.{kind}" for name in PLOTS for kind in ("svg", "png")), "report", *TRACKED, ".*.tmp",
               lock.NAME, STUDY),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
 
-from spa_lite.cli.study_table import comparison_tables, literal, markdown
+from spa_lite.cli.study_table import comparison_tables, markdown
 from spa_lite.compare import (
     MEASURES,
     Comparison,
@@ -34,6 +34,7 @@ from spa_lite.compare import (
     write_results,
 )
 from spa_lite.errors import RunError
+from spa_lite.markdown import literal
 from spa_lite.plots import _grid, plots
 
 EVIL = "=cmd|' /C calc'!A0 [red]x $a_{$ </svg> --> 名 \x1b[2J"
