@@ -349,7 +349,7 @@ class _Conversations(ChatTokenizer):
         quoted: list[str] = []
         marked = [Message(role=turn.role, content=self._quote(turn.content, quoted)) for turn in turns]
         with quiet():
-            return list(self._encode(self._render(marked, generate=False), quoted))
+            return list(self._encode(self.render(marked, generate=False), quoted))
 
 
 def question_of(turns: Sequence[Message]) -> str:

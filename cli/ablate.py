@@ -71,6 +71,8 @@ def ablate(
     trackers.check(base.report_to)
     folder = out or HOME / f"{asked.name}-{_name(base, varied)}"
     jobs = studies.jobs_of(asked.cells, base, seeds, folder)
+    for job in jobs:
+        backends.check_trains(job.recipe.inputs.backend, job.recipe.inputs.model)
     shelf, library = studies.Shelf(backends.load, backends.load_classifier), library_beside(folder, [folder.parent])
     _introduce(asked, jobs, folder, shelf.models(base).backend.advice)
     schedule = studies.schedule(jobs, shelf, library)

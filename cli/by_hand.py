@@ -102,6 +102,7 @@ def train(
     from spa_lite.train import Example
 
     r, _ = resolve(given, set_ or [], config, recipe, scale, default_scale)
+    backends.check_trains(r.inputs.backend, r.inputs.model)
     with local(source) as path:
         judged = holds(path, "logratio_a")
         if judged and not holds(path, "prompt_ids"):

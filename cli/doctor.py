@@ -38,7 +38,7 @@ def doctor(given: dict[str, Any], as_json: Annotated[bool, typer.Option("--json"
     from spa_lite.preflight import Check, preflight
 
     recipe, _ = resolve(given, default_scale=default_scale)
-    name, why = backends.choose(recipe.inputs.backend)
+    name, why = backends.choose(recipe.inputs.backend, recipe.inputs.model)
     backend = prepare.models_of(recipe, backends.load).backend
     checks = preflight(backend) + [Check(*found) for found in backend.machine_checks()]
     found = {

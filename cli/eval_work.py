@@ -35,8 +35,7 @@ class Work:
 
     def asked_for(self, path: str) -> bool:
         """Whether the user set this (command line or file), rather than the run or a default."""
-        source = self.sources[path]
-        return source == "command line" or source.endswith((".yaml", ".yml"))
+        return asked_for(self.sources, path)
 
     @property
     def limit(self) -> int | None:
@@ -46,6 +45,11 @@ class Work:
     def max_tokens(self, usual: int) -> int:
         """Longest answer of a benchmark that has a limit of its own."""
         return self.recipe.sampling.max_tokens if self.asked_for("sampling.max_tokens") else usual
+
+
+def asked_for(sources: Mapping[str, str], path: str) -> bool:
+    """Whether a setting came from the command line or a file, by the sources of all settings."""
+    return sources[path] == "command line" or sources[path].endswith((".yaml", ".yml"))
 
 
 # --- settings --------------------------------------------------------------------------------------------------

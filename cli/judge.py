@@ -126,7 +126,8 @@ def check_reference(r: Recipe) -> None:
     from spa_lite import backends, models, prepare
 
     other = r.inputs.init_model
-    name, _ = backends.choose(r.inputs.backend)
+    prepare.check_reference(r.inputs)
+    name, _ = backends.choose(r.inputs.backend, r.inputs.model)
     if not other or name not in {"torch", "mlx"}:
         return
     from spa_lite.backends.model_folder import check_name

@@ -49,7 +49,8 @@ def main() -> None:
             code = app(standalone_mode=False) or 0
         if code == 130:  # how Typer returns from KeyboardInterrupt
             kept = "everything so far is kept: run the same command again to go on"
-            note(f"interrupted; {kept}" if {"run", "ablate", "eval"} & set(sys.argv[1:3]) else "interrupted")
+            name = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+            note(f"interrupted; {kept}" if name in {"run", "ablate", "eval", "compare"} else "interrupted")
             code = next((EXIT_CODES[Signals(number)] for number in caught), 130)
         sys.exit(code)
     except SpaError as error:

@@ -67,8 +67,11 @@ def run(
     The same command again goes on where an interrupted run was, or prints the table of a finished one. Stages that
     another run beside it has computed are taken from there.
     """
+    from spa_lite import backends
+
     resolved, sources = resolve(given, set_ or [], config, recipe, scale, default_scale)
     trackers.check(resolved.report_to)
+    backends.check_trains(resolved.inputs.backend, resolved.inputs.model)
     if dry_run:
         from spa_lite.cli import dry_run as dry
 
@@ -77,7 +80,7 @@ def run(
 
     import msgspec
 
-    from spa_lite import backends, prepare
+    from spa_lite import prepare
     from spa_lite.backends.speed import speed
     from spa_lite.cli import render
     from spa_lite.files import read_json
@@ -174,5 +177,8 @@ def clear(folder: Path) -> None:
 
     if not any((folder / name).exists() for name in ("run.json", "recipe.yaml")) and any(folder.iterdir()):
         raise RunError(f"{folder} does not look like a run folder (it has no run.json), so it is not deleted")
+    votes = next(folder.glob("votes-*.jsonl"), None)
+    if votes:  # a person's work cannot be computed anew
+        raise RunError(f"{folder} holds votes of `compare` ({votes.name}), so it is not deleted; move them away first")
     with locked(folder):
         shutil.rmtree(folder)

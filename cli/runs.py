@@ -138,7 +138,7 @@ def rm(
         left = remove(place)
         if left:
             more = f" and {len(left) - 5} more" if len(left) > 5 else ""
-            note(f"{place.name}: kept {', '.join(left[:5])}{more}, which spa-lite did not write")
+            note(f"{place.name}: kept {', '.join(left[:5])}{more}, which spa-lite cannot make again")
     note(f"removed {', '.join(place.name for place in chosen.values())}: {size(freed)} freed")
 
 
@@ -224,7 +224,7 @@ def _when(seconds: float) -> str:
 
 
 def _model(line: Overview) -> str:
-    from spa_lite.cli.export import base_name
+    from spa_lite.cli.export_source import base_name
 
     return base_name(line.model) if line.model else "built-in" if line.recipe else "-"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ class Speakers:
     recipe: Recipe
     run: Path | None
     policies: Policies
+    sources: Mapping[str, str]  # where each setting came from
 
     @property
     def title(self) -> str:
@@ -51,21 +52,24 @@ def speakers(given: dict[str, Any], run: str | None, sets: Sequence[str] = (), c
     if folder and sources["inputs.adapter_path"] == "command line":
         adapter = recipe.inputs.adapter_path
         init = policies_of(None, recipe)["init"]
-        return Speakers(recipe, folder, {"init": init, "policy": Path(adapter) if adapter else None})
+        return Speakers(recipe, folder, {"init": init, "policy": Path(adapter) if adapter else None}, sources)
     policies = policies_of(folder, recipe)
     if not (folder or recipe.inputs.model or recipe.inputs.adapter_path):
         render.note("the built-in model and its seed adapter (name a run, or give --model and --adapter-path)")
         policies["seed adapter"] = MODEL_DIR.parent / "seed_adapter"
-    return Speakers(recipe, folder, policies)
+    return Speakers(recipe, folder, policies, sources)
 
 
 def opened(who: Speakers, names: Sequence[str]) -> Backend:
     """The one base, with each of these policies bound to a role of its own name."""
     from spa_lite import backends
+    from spa_lite.cli import render
     from spa_lite.cli.checks import check_adapter
     from spa_lite.prepare import model_settings
 
     backend = backends.load(who.recipe.inputs.backend, model_settings(who.recipe))
+    for line in backend.advice:
+        render.note(line)
     for name in dict.fromkeys(names):
         adapter = who.policies[name]
         if adapter:

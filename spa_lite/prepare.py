@@ -125,6 +125,8 @@ def check_start(recipe: Recipe) -> None:
     if recipe.rounds:
         judges.check(recipe)
         sampler.check(recipe)
+        if recipe.sampling.temp == 0 and recipe.judge.identical == "drop":
+            raise RecipeError("sampling.temp=0 draws the same answer every time, so no pair is left; raise --temp")
     if recipe.judge.by == "gold" and not is_lesson(recipe):
         raise RecipeError("judge.by=gold needs a gold rule, which only the lesson has; use another --judge")
 

@@ -44,11 +44,15 @@ def setting(default: Any, help: str, *stages: str, flag: str | None = None) -> A
 class Inputs:
     """Where things come from. A stage's key holds the content, never the path."""
 
-    model: str | None = setting(None, "Model folder or hub name; none: the built-in lesson model.", flag="--model")
-    backend: str | None = setting(
-        None, "mlx, torch or toy, or module:Class; none: the best one here.", flag="--backend"
+    model: str | None = setting(
+        None, "Model folder, hub name or GGUF file; none: the built-in lesson model.", flag="--model"
     )
-    device: str = setting("auto", "auto or cpu; with torch cuda, cuda:1 or mps; with mlx gpu.", flag="--device")
+    backend: str | None = setting(
+        None, "mlx, torch, llamacpp (GGUF files) or toy, or module:Class; none: the best one here.", flag="--backend"
+    )
+    device: str = setting(
+        "auto", "auto or cpu; with torch cuda, cuda:1 or mps; with mlx or llamacpp gpu.", flag="--device"
+    )
     seed_pairs: str | None = setting(
         None, "Human-labelled pairs: file, - or hub:owner/name[:split].", flag="--seed-pairs"
     )
@@ -575,8 +579,6 @@ def check(recipe: Recipe) -> None:
         raise RecipeError(f"round_sizes names {len(r.round_sizes)} rounds but rounds is {r.rounds}; make them agree")
     if r.refine.rule == "official" and int(r.refine.window * r.refine.K) + 1 >= r.refine.window:
         raise RecipeError(f"refine.K={r.refine.K:g} is too large for refine.rule=official; lower it below 0.98")
-    if r.sampling.temp == 0 and r.judge.identical == "drop" and r.rounds:
-        raise RecipeError("sampling.temp=0 draws the same answer every time, so no pair is left; raise --temp")
     if r.lengths.max_length <= r.lengths.max_prompt_length:
         raise RecipeError(
             f"lengths.max_length={r.lengths.max_length} leaves no room after lengths.max_prompt_length="

@@ -491,14 +491,13 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def folder_digest(folder: Path | None) -> str | None:
-    """Digest of an adapter folder's files."""
+    """Digest of an adapter folder's files, or of an adapter that is one file."""
     if folder is None:
         return None
-    if not folder.is_dir():
+    if not folder.exists():
         raise ModelError(f"there is no adapter folder {folder}; check the path")
-    return digest(
-        [(p.name, digest(p.read_bytes())) for p in sorted(folder.iterdir()) if p.suffix in {".json", ".safetensors"}]
-    )
+    files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    return digest([(p.name, digest(p.read_bytes())) for p in files if p.suffix in {".json", ".safetensors", ".gguf"}])
 
 
 def read_samples(path: Path) -> Iterator[Sample]:

@@ -86,7 +86,6 @@ def test_wrong_settings_are_named(text: str, message: str) -> None:
     [
         ({"round_sizes": [1, 2], "rounds": 3}, ("round_sizes", "rounds")),
         ({"refine.rule": "official", "refine.K": 0.98}, ("refine.K", "refine.rule")),
-        ({"sampling.temp": 0.0}, ("sampling.temp", "pair")),
         ({"lengths.max_length": 100, "lengths.max_prompt_length": 100}, ("max_length", "max_prompt_length")),
         ({"inputs.seed_pairs": "x", "inputs.no_seed_pairs": True}, ("seed_pairs", "no_seed_pairs")),
     ],

@@ -142,3 +142,11 @@ def test_evaluations_hear_the_model_itself(tmp_path: Path, recipe: Recipe) -> No
     assert settings(({}, [], None, None, None), tmp_path / "run")[0].sampling.by is None
     with pytest.raises(RecipeError, match=r"to hear a GGUF itself, give --model FILE\.gguf"):
         settings(({"sampling.by": "gguf:x"}, [], None, None, None), tmp_path / "run")
+
+
+def test_the_likeliest_answer_makes_no_pair(tmp_path: Path) -> None:
+    """A run with temperature 0 is refused before any work; whoever only listens to a model may ask for it."""
+    recipe = small_recipe(write_data(tmp_path), {"sampling.temp": 0.0})
+    with pytest.raises(RecipeError, match="draws the same answer every time, so no pair is left; raise --temp"):
+        prepare.check_start(recipe)
+    prepare.check_start(small_recipe(write_data(tmp_path), {"sampling.temp": 0.0, "judge.identical": "keep"}))
