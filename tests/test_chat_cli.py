@@ -24,6 +24,7 @@ from spa_lite.conversation import Answering, Conversation, Exchange
 from spa_lite.errors import DataError
 from spa_lite.interrupt import patient
 from tests.small import run_small, small_recipe, write_data
+from tests.speaking import Terminal, answer
 from tests.test_cli import call
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")  # pexpect forks, and execs at once
@@ -415,43 +416,8 @@ def test_the_system_turn_of_the_recipe_can_be_taken_away(
 
 # --- through a terminal ----------------------------------------------------------------------------------------
 
-READY = "\x1b\\[\\?2004h"
-"""The line editor switches bracketed paste on when it waits for a message."""
 ENDLESS = ["--backend", "endless:Endless", "--model", "toy", "--temp", "0", "--max-tokens", "500000"]
 """The most probable letter after each letter leads into a circle (`huhuhu`), and this backend has no end to it."""
-
-
-class Terminal:
-    """A `spa-lite chat` in a terminal of its own. Its folder holds the run `t`."""
-
-    def __init__(self, folder: Path, *words: str, width: int = 80, timeout: int = 30) -> None:
-        env = os.environ | {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", "COLUMNS": "", "LINES": ""}
-        command = ["-m", "spa_lite.cli", "chat", *words]
-        self.child = pexpect.spawn(
-            sys.executable, command, cwd=str(folder), env=env, dimensions=(40, width), timeout=timeout, encoding="utf-8"
-        )
-        self.greeting = self.ready()
-
-    def ready(self) -> str:
-        """Wait for the prompt; what was shown until then, without colours and cursor movements."""
-        self.child.expect(READY)
-        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.child.before).replace("\r", "")
-
-    def says(self, message: str) -> str:
-        """Send a message, wait for the next prompt, and return what came after the message."""
-        self.child.send(message + "\r")
-        return self.ready()
-
-    def ends(self) -> int:
-        """Wait for the end: the exit code."""
-        self.child.expect(pexpect.EOF)
-        self.child.close()
-        return int(self.child.exitstatus)
-
-
-def answer(shown: str, stage: str = "round 2") -> str:
-    """What a stage said last."""
-    return str(re.findall(rf"^{stage}: (.*)$", shown, re.MULTILINE)[-1])
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import http.client
 import json
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from spa_lite.endpoint import MOST_BYTES, MOST_WAITING, Endpoint, Job, Visit, ap
 from spa_lite.errors import JudgeError, OutOfMemory
 from spa_lite.records import Message, Row
 from spa_lite.server import ChatServer
+from tests.speaking import LATE, Command
 from tests.test_cli import RUN, TOY, call, here
 
 __all__ = ["here"]
@@ -40,8 +40,6 @@ USUAL = Sampling(0.8, 0.95, 30)
 HELLO: list[dict[str, Any]] = [{"role": "user", "content": "Hello"}]
 SEED = 181
 """Both stages answer it with some twenty letters."""
-LATE = 60.0
-"""Seconds after which a test gives up waiting."""
 
 
 class Served:
@@ -521,24 +519,6 @@ def test_our_own_judge_may_ask(served: Served, monkeypatch: pytest.MonkeyPatch) 
     assert asked.unanswered == 1
     with pytest.raises(JudgeError, match="does not know that model"):
         ChatServer(served.url, "gpt", retries=0).replies([turns], 12)
-
-
-class Command:
-    """`spa-lite serve` as a process of its own."""
-
-    def __init__(self, *args: str) -> None:
-        command = [sys.executable, "-m", "spa_lite.cli", "serve", *args, "--port", "0"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        self.welcome = [self.process.stdout.readline() for _ in range(5)]
-        assert self.welcome[-1], self.process.communicate()[1]
-        self.url = self.welcome[2].split()[0].removeprefix("OPENAI_BASE_URL=")
-
-    def end(self, by: int = signal.SIGINT) -> tuple[int, str]:
-        """Exit code, and what was on stderr."""
-        self.process.send_signal(by)
-        _, err = self.process.communicate(timeout=LATE)
-        return self.process.returncode, err
 
 
 def talk(url: str, stages: tuple[str, str]) -> tuple[str, str]:

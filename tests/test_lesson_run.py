@@ -14,8 +14,12 @@ import msgspec
 import pytest
 
 from spa_lite import backends, lesson
+from spa_lite.backend import POLICY, ModelSettings, Sampling
 from spa_lite.evaluate import wilson
+from spa_lite.recipe import read_yaml
+from spa_lite.stages import read_samples
 from tests.small import lines
+from tests.speaking import LATE, Command, Terminal, answer
 
 if all(backends.missing(name) for name in ("torch", "mlx")):
     pytest.skip("the lesson model needs a framework; toy covers the method without one", allow_module_level=True)
@@ -155,3 +159,30 @@ def test_the_whole_lesson(tmp_path: Path) -> None:
     again = spa_lite("run", "--json", cwd=tmp_path)
     assert json.loads(again.stdout)["rows"] == rows
     assert "nothing was computed again" not in done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.loopback
+@pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")
+def test_the_final_adapter_speaks(run: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a terminal and through the endpoint, at temperature 0: the same words, and those of the policy on its base."""
+    openai = pytest.importorskip("openai")
+    pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+    monkeypatch.chdir(run[0].parent)
+    sample = next(read_samples(run[0] / "rounds/2/samples.jsonl"))
+    question = sample.messages[-1].content
+    terminal = Terminal(run[0].parent, "run", "--temp", "0", width=200, timeout=120)
+    said = answer(terminal.says(question))
+    terminal.child.send("\x04")
+    assert terminal.ends() == 0
+    backend = backends.load(None, ModelSettings(str(lesson.MODEL_DIR)))
+    backend.bind(POLICY, run[0] / "adapter")
+    greedy = Sampling(0.0, 1.0, read_yaml(run[0] / "recipe.yaml")["sampling.max_tokens"])
+    expected = backend.tokenizer.decode(list(backend.stream(sample.prompt_ids, greedy, bytes(16))))
+    assert said == expected
+    command = Command("run")
+    with openai.OpenAI(base_url=command.url, api_key="none", max_retries=0, timeout=LATE) as client:
+        turn: Any = {"role": "user", "content": question}
+        reply = client.chat.completions.create(model="last", temperature=0, messages=[turn])
+    assert reply.choices[0].message.content == expected
+    assert command.end()[0] == 130
