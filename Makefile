@@ -35,7 +35,7 @@ test: $(VENV)/dev.stamp ## the tests that take seconds
 test-long: $(VENV)/dev.stamp ## the tests that take minutes
 	$(PRELOAD)$(VENV)/bin/python -m pytest $(PARALLEL) -m long $(ARGS)
 
-gguf: $(VENV)/gguf.stamp ## llama.cpp, compiled: 3 minutes on two quiet cores, once
+gguf: $(VENV)/gguf.stamp ## llama.cpp, compiled: 6 minutes on two cores, once
 
 test-gguf: $(VENV)/gguf.stamp ## the tests that need llama.cpp
 	$(PRELOAD)$(VENV)/bin/python -m pytest $(PARALLEL) -m gguf $(ARGS)
@@ -86,7 +86,7 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 # pip keeps the wheel that it compiles, so that the next environment has it in seconds.
 $(VENV)/gguf.stamp: $(VENV)/dev.stamp
-	@echo "Compiling llama.cpp into $(VENV): a few minutes, once."
+	@echo "Compiling llama.cpp into $(VENV): some 6 minutes on two cores, once."
 	@CMAKE_ARGS="$(LLAMA_CPP)" $(PIP) --editable ".[gguf]"
 	@touch $@
 

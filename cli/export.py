@@ -17,7 +17,8 @@ from spa_lite.errors import BackendError, RecipeError, RunError
 
 FORMS = ("peft", "mlx", "gguf-lora", "gguf", "merged", "ollama", "hub-folder")
 OTHER_WORDS = {"mlx-lm": "mlx"}
-OF_WEIGHTS = ("merged", "gguf", "ollama")
+OF_THE_BASE = ("gguf", "ollama")
+OF_WEIGHTS = ("merged", *OF_THE_BASE)
 """Forms that hold the base's weights too, for which --dtype is what they are written in."""
 
 
@@ -25,7 +26,10 @@ OF_WEIGHTS = ("merged", "gguf", "ollama")
 def export(
     given: dict[str, Any],
     source: Annotated[
-        str, typer.Argument(metavar="RUN|ADAPTER", help="A run, or an adapter folder in PEFT's or mlx-lm's format.")
+        str,
+        typer.Argument(
+            metavar="RUN|ADAPTER|init", help="A run, an adapter in PEFT's or mlx-lm's format, or init: the base."
+        ),
     ],
     to: Annotated[str, typer.Option("--to", metavar="|".join(FORMS), help="What to write.")],
     out: Annotated[
@@ -66,6 +70,7 @@ def export(
     check_upload(form, upload, public)
     dtype = given.pop("model.dtype", None) if form in OF_WEIGHTS else None
     found = source_of(source, stage, given)
+    check_adapter_wanted(found.adapter, form)
     check_alone(found.adapter)
     out = out or Path(f"{found.name}-{form}")
     check_free(out, force)
@@ -110,6 +115,14 @@ def check_form(word: str) -> str:
     return form
 
 
+def check_adapter_wanted(adapter: Path | None, form: str) -> None:
+    """Only the forms that hold the base's weights, and are not what it is already, can be made without an adapter."""
+    if adapter is None and form not in OF_THE_BASE:
+        raise RecipeError(
+            f"init is the bare base, so there is no adapter to export; choose another stage, or --to {OF_THE_BASE[0]}"
+        )
+
+
 def check_upload(form: str, upload: str | None, public: bool) -> None:
     """Nothing is sent anywhere unless it is asked for, and only what was made for it."""
     if upload and form != "hub-folder":
@@ -129,7 +142,7 @@ def say(record: dict[str, Any]) -> None:
             f" {check['largest']:.1g} and on average {check['mean']:.1g} nats apart"
             + ("" if check.get("comparable", True) else " (only shown: another base or precision)")
         )
-        if check["mean"] > record["effect"] / 2 and record["form"] in OF_WEIGHTS:
+        if check["mean"] > record["effect"] / 2 > 0 and record["form"] in OF_WEIGHTS:
             render.note(
                 f"warning: the adapter itself moves a token by only {record['effect']:.1g} nats on average: in this"
                 " form there is more rounding than adapter"
@@ -139,7 +152,7 @@ def say(record: dict[str, Any]) -> None:
     merged = record.get("merged")
     if count := record.get("matrices") or (merged or {}).get("tensors"):
         render.note(f"read back: {count} tensors are in the file as they were meant")
-    if merged:
+    if merged and record["effect"]:
         render.note(
             f"written in {record['written']}: {100 * merged['share']:.2f} % of the wanted change arrived, cosine"
             f" {merged['cosine']:.4f} (1: and nothing else changed)"

@@ -31,7 +31,7 @@ def read_back(backend: Backend, folder: Path, order: Order) -> dict[str, Any]:
     verdict = exchange.verify(backend, folder)
     if verdict.comparable and not verdict.ok:
         said = exchange.sentence(verdict)
-        raise ModelError(f"{order.source.adapter} was not exported: read back as {order.form}, it {said}")
+        raise ModelError(f"{order.source.what} was not exported: read back as {order.form}, it {said}")
     return _of_verdict(backend.name, verdict)
 
 
@@ -59,12 +59,12 @@ def check_elsewhere(folder: Path, order: Order, home: Home) -> tuple[dict[str, A
     except ModelError as error:
         reason = str(error).replace(str(folder), "it")
         if HOMES[order.form] == other:
-            raise ModelError(f"{order.source.adapter} was not exported: {other} refuses it ({reason})") from error
+            raise ModelError(f"{order.source.what} was not exported: {other} refuses it ({reason})") from error
         return None, f"{other} refuses it ({reason}); {later}"
     verdict = exchange.verify(backend, folder)
     if verdict.comparable and not verdict.ok:
         said = exchange.sentence(verdict)
-        raise ModelError(f"{order.source.adapter} was not exported: in {other} it {said}")
+        raise ModelError(f"{order.source.what} was not exported: in {other} it {said}")
     return _of_verdict(other, verdict), ""
 
 
@@ -134,7 +134,7 @@ def check_reading(backend: Any, render: Render, order: Order, home: Home, record
     record["read_otherwise"] = other
     if other == len(meant):
         raise ModelError(
-            f"{order.source.adapter} was not exported: llama.cpp reads every prompt as other tokens than the model's"
+            f"{order.source.what} was not exported: llama.cpp reads every prompt as other tokens than the model's"
             " own tokenizer"
         )
 

@@ -165,7 +165,7 @@ def _merged_in_4bit(folder: Path, order: Order, home: Home, record: dict[str, An
         render.note(f"of the change, 4 bits keep: {_survival(left)}")
         if not order.force:
             raise ModelError(
-                f"{order.source.adapter} was not exported: in 4 bits the change has a cosine of {left.cosine:.3f} with"
+                f"{order.source.what} was not exported: in 4 bits the change has a cosine of {left.cosine:.3f} with"
                 " what was trained; leave --bits out and keep the adapter in 16 bits, or add --force"
             )
         merging.to_4bit(place / "merged", place / "small")
@@ -246,7 +246,7 @@ def _write_gguf(model: Path, out: Path, dtype: str, order: Order) -> None:
         return
     reason = gguf_writer.why_not(weights.read_json(model / "config.json"))
     if reason:
-        raise ModelError(f"{order.source.adapter} was not exported: {reason}; {CONVERTER}")
+        raise ModelError(f"{order.source.what} was not exported: {reason}; {CONVERTER}")
     gguf_writer.write_model(model, out, form, name=order.source.name)
 
 
@@ -261,7 +261,7 @@ def _gguf_lora(folder: Path, order: Order, home: Home, record: dict[str, Any]) -
             gguf_writer.lora_by_converter(order.llama_cpp, place / "peft", home.model, folder / LORA)
         else:
             if reason := gguf_writer.why_not(config | {"quantization": None, "quantization_config": None}):
-                raise ModelError(f"{order.source.adapter} was not exported: {reason}; {CONVERTER}")
+                raise ModelError(f"{order.source.what} was not exported: {reason}; {CONVERTER}")
             gguf_lora.write_lora(home.stored, config, folder / LORA)
             record["matrices"] = gguf_check.read_lora_back(folder / LORA, home.stored, config)
         record["written"] = "float32"

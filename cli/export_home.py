@@ -59,15 +59,16 @@ def at_home(folder: Path, order: Order) -> Iterator[tuple[Backend, Home]]:
     import safetensors.numpy as safetensors
 
     from spa_lite import backends, exchange, prepare
-    from spa_lite.backend import INIT, POLICY
+    from spa_lite.backend import INIT, POLICY, Lora
     from spa_lite.backends import adapter_files, model_folder
     from spa_lite.cli.checks import check_adapter
 
     source = order.source
     settings = prepare.model_settings(source.recipe)
     backend = backends.load(source.recipe.inputs.backend, settings)
-    check_adapter(backend, source.adapter)
-    backend.bind(POLICY, source.adapter)
+    if source.adapter:
+        check_adapter(backend, source.adapter)
+    backend.bind(POLICY, source.adapter, None if source.adapter else Lora(rank=1))  # one of no effect
     with tempfile.TemporaryDirectory() as saved:
         backend.save(Path(saved))
         stored = adapter_files.read(Path(saved), safetensors.load_file)
@@ -78,7 +79,7 @@ def at_home(folder: Path, order: Order) -> Iterator[tuple[Backend, Home]]:
         backend,
         Home(
             rows=rows,
-            stored=dataclasses.replace(stored, name=str(source.adapter)),
+            stored=dataclasses.replace(stored, name=source.what),
             model=model_folder.folder_of(settings.model),
             settings=settings,
             backend=backend.name,

@@ -15,6 +15,8 @@ from spa_lite.errors import ModelError, RunError
 if TYPE_CHECKING:
     from spa_lite.recipe import Recipe
 
+BASE = "init"
+"""The word for the base without an adapter."""
 CONFIG, RECORD = "adapter_config.json", "export.json"
 OURS = {CONFIG, RECORD, "adapter_model.safetensors", "adapters.safetensors", "check.jsonl"}
 """What --force may delete, beside what export.json names."""
@@ -22,9 +24,10 @@ OURS = {CONFIG, RECORD, "adapter_model.safetensors", "adapters.safetensors", "ch
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter, the run it is of (None: of none), and its stage there. `name` is short, for the folder to write."""
+    """An adapter (None: the bare base), the run it is of (None: of none), and its stage there. `name` is short, for the
+    folder to write."""
 
-    adapter: Path
+    adapter: Path | None
     run: Path | None
     stage: str | None
     recipe: Recipe
@@ -32,13 +35,22 @@ class Source:
     @property
     def name(self) -> str:
         """`spa-1a2b3c4d-round-2`, or the adapter folder's own name."""
-        own = (self.run or self.adapter).resolve().name
+        place = self.run or self.adapter
+        own = place.resolve().name if place else base_name(self.recipe.inputs.model).replace(" ", "-").replace("/", "-")
         return f"{own}-{self.stage.replace(' ', '-')}" if self.stage else own
+
+    @property
+    def what(self) -> str:
+        """What is exported, for messages."""
+        return str(self.adapter) if self.adapter else f"the base {base_name(self.recipe.inputs.model)}"
 
 
 def source_of(word: str, stage: str | None, given: dict[str, Any]) -> Source:
-    """What a word of the command line names: an adapter folder, a run or one of its stages, or the name of a run."""
+    """What a word of the command line names: an adapter folder, a run or one of its stages, the name of a run, or
+    `init`, the base alone."""
     place = Path(word)
+    if word == BASE and not place.exists():
+        return Source(None, None, None, recipe_of(None, given))
     if stage is None and (adapter := _adapter_in(place)):
         run = _run_of(place)
         return Source(adapter, run, _stage_of(adapter, run), recipe_of(run, given))
@@ -64,10 +76,7 @@ def _of_run(run: Path, word: str | None, recipe: Recipe) -> Source:
         mend = f"--round {stages[-1]} takes what it has" if stages else "run it first"
         raise ModelError(f"{run} holds no adapter (adapter/{CONFIG}): it is not finished; {mend}")
     stage = named(policies, word, str(run))
-    found = policies[stage]
-    if found is None:
-        raise RunError(f"{stage} of {run} is the bare base: there is no adapter to export; choose another --round")
-    return Source(found, run, stage, recipe)
+    return Source(policies[stage], run, stage, recipe)
 
 
 def _named_run(word: str) -> Path:
@@ -121,8 +130,10 @@ def recipe_of(run: Path | None, given: dict[str, Any]) -> Recipe:
     return dataclasses.replace(recipe, name=of_run.get("name", recipe.name), scale=of_run.get("scale", recipe.scale))
 
 
-def check_alone(adapter: Path) -> None:
+def check_alone(adapter: Path | None) -> None:
     """Refuse an adapter that says it was trained on top of another one: its base is not the model alone."""
+    if adapter is None:
+        return
     config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
     base = str(config.get("base_model_name_or_path") or "") if isinstance(config, dict) else ""
     if base and (Path(base) / CONFIG).is_file() and not (Path(base) / "config.json").is_file():

@@ -115,7 +115,7 @@ def test_a_stage_of_a_run_is_picked(run: Path) -> None:
         (run / "rounds/1/adapter", None, "spa-1a2b3c4d-round-1", "rounds/1/adapter"),
     ]:
         found = source_of(str(word), stage, {})
-        assert (found.name, found.adapter.resolve()) == (name, run / adapter)
+        assert (found.name, found.adapter and found.adapter.resolve()) == (name, run / adapter)
         assert (found.recipe.scale, found.recipe.lora.rank) == ("lesson", 8)
     settings = (run / "recipe.yaml").read_text().replace("device: auto", "device: cuda:7")
     (run / "recipe.yaml").write_text(settings.replace("name: spa", "name: mine"))
@@ -136,12 +136,12 @@ def test_the_folder_is_named_after_the_stage(run: Path, here: Path, capfd: pytes
 
 def test_a_stage_that_is_not_there(run: Path, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = sorted(here.rglob("*"))
-    for words, message in [
-        (("--round", "7"), "has no stage '7'; it has init, seed, 1"),
-        (("--round", "init"), "init of"),
+    for stage, message, expected in [
+        ("7", "has no stage '7'; it has init, seed, 1", 1),
+        ("init", "init is the bare base, so there is no adapter to export; choose another stage, or --to gguf", 2),
     ]:
-        code, _, err = export(capfd, run, "--to", "peft", *words)
-        assert code == 1
+        code, _, err = export(capfd, run, "--to", "peft", "--round", stage)
+        assert code == expected
         assert message in err
     shutil.rmtree(run / "adapter")
     code, _, err = export(capfd, run, "--to", "peft")
@@ -412,6 +412,18 @@ def test_llama_cpp_says_the_same(with_all: Path, capfd: pytest.CaptureFixture[st
     rows = exchange.read_check(with_all / "f32/check.jsonl")
     assert scores(with_all / "f32/model.gguf", None, rows, "llamacpp").largest < 1e-4
     assert scores(with_all / "f32/model.gguf", with_all / "lora", rows, "llamacpp").mean > 1e-3, "twice is too much"
+
+
+def test_the_base_alone(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As a GGUF: what a run samples from, with the policy's adapter beside it."""
+    pytest.importorskip("gguf")
+    code, out, err = export(capfd, "init", "--to", "gguf", "--dtype", "float32", "--json")
+    assert code == 0, err
+    record = json.loads(out)
+    assert (record["source"], record["effect"]) == ("spa-lite-lesson-model", 0)
+    assert (here / "spa-lite-lesson-model-gguf/model.gguf").is_file()
+    assert "read back: 39 tensors are in the file as they were meant" in err
+    assert "wanted change" not in err, "there was none"
 
 
 @pytest.mark.gguf

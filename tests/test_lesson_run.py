@@ -186,3 +186,22 @@ def test_the_final_adapter_speaks(run: tuple[Path, str], monkeypatch: pytest.Mon
         reply = client.chat.completions.create(model="last", temperature=0, messages=[turn])
     assert reply.choices[0].message.content == expected
     assert command.end()[0] == 130
+
+
+@pytest.mark.gguf
+@pytest.mark.long
+def test_a_gguf_draws_the_answers(run: tuple[Path, str], tmp_path: Path) -> None:
+    """From a float32 file, with each round's adapter: the samples, labels and adapters of the run without it."""
+    pytest.importorskip("llama_cpp", reason="needs the extra: pip install 'spa-lite[gguf]'")
+    done = spa_lite("export", "init", "base", "--to", "gguf", "--dtype", "float32", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    by = ("--sampler", "gguf:base/model.gguf", "--rescore", "always")
+    done = spa_lite("run", *TINY, *by, "--out", "by", "--no-report", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for i in (1, 2):
+        found, expected = (lines(folder / f"rounds/{i}/samples.jsonl") for folder in (tmp_path / "by", run[0]))
+        assert [[c["ids"] for c in s["completions"]] for s in found] == [
+            [c["ids"] for c in s["completions"]] for s in expected
+        ]
+        marker = json.loads((tmp_path / f"by/rounds/{i}/sample.done.json").read_text())
+        assert marker["made_by"]["backend"] == "llamacpp"
