@@ -13,7 +13,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("spa-lite", "torch", "transformers", "peft", "trl", "mlx", "mlx-lm", "mlx-lm-lora", "numpy")
+LIBRARIES = (
+    "spa-lite",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "mlx",
+    "mlx-lm",
+    "mlx-lm-lora",
+    "llama-cpp-python",
+    "numpy",
+)
 
 
 # --- clocks and gauges ---------------------------------------------------------------------------------------------
