@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spa_lite.backend import Backend, ModelSettings
+from spa_lite.backend import GGUF, Backend, ModelSettings
 from spa_lite.errors import BackendError, BackendMissing
 
 if TYPE_CHECKING:
@@ -46,8 +46,6 @@ TABLE = {
         "spa_lite.backends.llamacpp:LlamaCppBackend", ("llama_cpp", "gguf", "transformers"), "gguf", False
     ),
 }
-GGUF = ".gguf"
-"""How the name of a model for llama.cpp ends."""
 ONLY_SAMPLES = (
     "llama.cpp only samples and scores: train in torch or MLX, and use the GGUF to sample (--sampler gguf:FILE) "
     "with --rescore always"

@@ -20,8 +20,8 @@ from spa_lite.backends.llamacpp_sampling import Decoder
 from spa_lite.backends.llamacpp_scoring import row_logprobs
 from spa_lite.backends.llamacpp_tokenizer import stop_ids, tokenizer_of
 from spa_lite.backends.local import LocalBackend
-from spa_lite.backends.model_folder import digest_file
 from spa_lite.errors import BackendError
+from spa_lite.files import digest_of_weights
 from spa_lite.records import Ids, Row
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -45,7 +45,7 @@ class LlamaCppBackend(LocalBackend):
             template=settings.template,
             system=settings.system,
         )
-        super().__init__(settings, tokenizer, Adapters(net, settings.model), net, digest_file(path))
+        super().__init__(settings, tokenizer, Adapters(net, settings.model), net, digest_of_weights(path))
 
     @property
     def description(self) -> dict[str, Any]:

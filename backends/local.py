@@ -249,7 +249,6 @@ class LocalBackend(ABC):
         self._adapter(role)
         check_prompts([prompt], 1, [[key]], self.context)
         self._enter(role)
-        self._groups([prompt], sampling)  # lets the framework find out how it decodes
         with self._memory_for("one answer was written", "--max-tokens"):
             yield from self._decoder([prompt], [[key]], sampling, False).tokens(lambda: self._enter(role))
         self._tidy()

@@ -85,9 +85,13 @@ class MlxBackend(LocalBackend):
             mx.reset_peak_memory()
         return found
 
-    def _groups(self, prompts: Sequence[Ids], sampling: Sampling) -> list[list[int]]:
+    def _best_way(self) -> Way:
+        """How this model decodes, found out by trying once."""
         self._way = self._way or best_way(self.net)
-        if self._way == "padded":
+        return self._way
+
+    def _groups(self, prompts: Sequence[Ids], sampling: Sampling) -> list[list[int]]:
+        if self._best_way() == "padded":
             return [list(range(len(prompts)))]
         return by_length(prompts, self.batching.sample, self.context - sampling.max_tokens, equal=True)
 
@@ -95,7 +99,7 @@ class MlxBackend(LocalBackend):
         self, prompts: Sequence[Ids], keys: Sequence[Sequence[bytes]], sampling: Sampling, keep: bool
     ) -> Decoder:
         slots = self.batching.sample * len(keys[0])
-        return Decoder(self.net, prompts, keys, sampling, self.tokenizer.stop_ids, self._way or "none", slots, keep)
+        return Decoder(self.net, prompts, keys, sampling, self.tokenizer.stop_ids, self._best_way(), slots, keep)
 
     def _token_logprobs(self, rows: Sequence[Row]) -> Floats:
         return row_logprobs(self.net, rows)

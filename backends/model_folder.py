@@ -137,13 +137,6 @@ def digest_weights(folder: Path) -> str:
     return hasher.hexdigest()
 
 
-def digest_file(path: Path) -> str:
-    """Digest of a model that is one file, whatever its name."""
-    hasher = hashlib.blake2b(digest_size=16)
-    feed(hasher, path)
-    return hasher.hexdigest()
-
-
 def fingerprint(weights: str, tokenizer: str) -> str:
     """Digest of weights, tokenizer and template, from the digests of each."""
     return digest(weights, tokenizer).hex()

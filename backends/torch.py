@@ -106,9 +106,13 @@ class TorchBackend(LocalBackend):
             return "step by step"
         return f"step by step (no CUDA graph: {self._graphs.failed})" if self._graphs.failed else "CUDA graph"
 
-    def _groups(self, prompts: Sequence[Ids], sampling: Sampling) -> list[list[int]]:
+    def _best_way(self) -> Way:
+        """How this model decodes, found out by trying once."""
         self._way = self._way or best_way(self.net)
-        size, slots = self.batching.sample, self._way == "slots"
+        return self._way
+
+    def _groups(self, prompts: Sequence[Ids], sampling: Sampling) -> list[list[int]]:
+        size, slots = self.batching.sample, self._best_way() == "slots"
         if slots and (self.net.device.type != "cpu" or size < FEW):
             return [list(range(len(prompts)))]
         return by_length(prompts, size, self.context if slots else self.context - sampling.max_tokens)
@@ -117,8 +121,9 @@ class TorchBackend(LocalBackend):
         self, prompts: Sequence[Ids], keys: Sequence[Sequence[bytes]], sampling: Sampling, keep: bool
     ) -> Decoding:
         ends = self.tokenizer.stop_ids
-        if self._way != "slots":
-            return Decoder(self.net, prompts, keys, sampling, ends, keep, self._way == "padded")
+        way = self._best_way()
+        if way != "slots":
+            return Decoder(self.net, prompts, keys, sampling, ends, keep, way == "padded")
         slots = self._slots_for(prompts, len(keys[0]), sampling, keep)
         return SlotDecoder(slots, prompts, keys, sampling, ends, self._graphs, self._whereabouts)
 

@@ -11,7 +11,7 @@ import typer
 from spa_lite.cli.eval_work import asked_for
 from spa_lite.cli.main import app
 from spa_lite.cli.options import Config, Sets, command
-from spa_lite.cli.speakers import GROUPS, Speakers, speakers
+from spa_lite.cli.speakers import GROUPS, Speakers, before_they_speak, speakers
 from spa_lite.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -173,15 +173,10 @@ def folder_in(home: Path) -> Path:
 def opened(who: Speakers, names: Sequence[str]) -> Models:
     """The one base, loaded; what is to be said about it and about these adapters is said."""
     from spa_lite import backends
-    from spa_lite.cli.checks import before_use, check_adapter
     from spa_lite.prepare import models_of
 
     models = models_of(who.recipe, backends.load)
-    before_use(models.backend, who.recipe)
-    for name in names:
-        adapter = who.policies[name]
-        if adapter and str(adapter) not in (who.recipe.inputs.init_adapter, who.recipe.inputs.adapter_path):
-            check_adapter(models.backend, adapter)
+    before_they_speak(models.backend, who, names)
     return models
 
 

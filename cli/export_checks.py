@@ -98,7 +98,8 @@ def score(name: str, model: Path, home: Home, record: dict[str, Any], adapter: P
     if not found["ok"]:
         raise ModelError(
             f"{home.stored.name} was not exported: in {name} its tokens are {off.mean:.2g} nats apart on average (at"
-            f" most {off.largest:.2g}), where {found['allowed']:g} is allowed; the conversion is wrong for this model"
+            f" most {off.largest:.2g}), where {found['mean_allowed']:g} is allowed; the conversion is wrong for this"
+            " model"
         )
     return backend
 
@@ -150,7 +151,7 @@ def _checked(name: str, off: Difference, allowed: float) -> dict[str, Any]:
         "tokens": off.tokens,
         "largest": off.largest,
         "mean": off.mean,
-        "allowed": allowed,
+        "mean_allowed": allowed,
         "ok": off.mean <= allowed,
     }
 

@@ -63,16 +63,22 @@ def speakers(given: dict[str, Any], run: str | None, sets: Sequence[str] = (), c
 def opened(who: Speakers, names: Sequence[str]) -> Backend:
     """The one base, with each of these policies bound to a role of its own name."""
     from spa_lite import backends
-    from spa_lite.cli import render
-    from spa_lite.cli.checks import check_adapter
     from spa_lite.prepare import model_settings
 
     backend = backends.load(who.recipe.inputs.backend, model_settings(who.recipe))
+    before_they_speak(backend, who, names)
+    for name in names:
+        backend.bind(name, who.policies[name])
+    return backend
+
+
+def before_they_speak(backend: Backend, who: Speakers, names: Sequence[str]) -> None:
+    """Say what the backend advises on this machine, and check the adapter of each policy, once."""
+    from spa_lite.cli import render
+    from spa_lite.cli.checks import check_adapter
+
     for line in backend.advice:
         render.note(line)
-    for name in dict.fromkeys(names):
-        adapter = who.policies[name]
+    for adapter in dict.fromkeys(who.policies[name] for name in names):
         if adapter:
             check_adapter(backend, adapter)
-        backend.bind(name, adapter)
-    return backend

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from spa_lite import encode, sources
-from spa_lite.backend import POLICY
+from spa_lite.backend import GGUF, POLICY
 from spa_lite.data import conversation_key
 from spa_lite.errors import DataError, ModelError
 from spa_lite.events import Report, silent
@@ -32,8 +32,7 @@ from spa_lite.stages import folder_digest
 from spa_lite.store import HEAD, digest
 
 ADAPTERS, MODEL = ("adapter_config.json", "adapter.gguf"), "config.json"
-"""Files that make a folder an adapter, or a model. A model may also be a file:"""
-GGUF = ".gguf"
+"""Files that make a folder an adapter, or a model. A model may also be a GGUF file."""
 MODEL_WORD = "model:"
 ANSWER_FIELDS = ("output", "answer", "response")
 """Where a file may keep an answer: as AlpacaEval's files do, or in plain words."""

@@ -26,6 +26,10 @@ INIT, PREVIOUS, POLICY = "init", "previous", "policy"
 """The three roles of one set of weights: see the table in README.md."""
 
 
+GGUF = ".gguf"
+"""How the name of a model for llama.cpp ends."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How answers are drawn. Temperature 0 is greedy."""

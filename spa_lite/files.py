@@ -109,6 +109,13 @@ def feed(hasher: Any, path: Path) -> None:
             hasher.update(file.read(65536))
 
 
+def digest_of_weights(path: Path) -> str:
+    """Digest of a model that is one file, whatever its name."""
+    hasher = hashlib.blake2b(digest_size=16)
+    feed(hasher, path)
+    return hasher.hexdigest()
+
+
 def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Checksum of every file among `names`, those in folders included, by its path inside `folder`."""
     files = [path for name in names for path in _files(folder / name)]

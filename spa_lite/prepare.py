@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spa_lite import data, encode, judges, sampler
-from spa_lite.backend import Backend, ModelSettings
+from spa_lite.backend import GGUF, Backend, ModelSettings
 from spa_lite.errors import DataError, RecipeError
 from spa_lite.evaluate import GoldRule
 from spa_lite.fit import batching_of
@@ -62,7 +62,7 @@ def models_of(recipe: Recipe, load: Loader, load_classifier: LoadClassifier | No
         return load(i.backend, model_settings(recipe, i.init_model))
 
     def drawing() -> Backend:
-        return load("llamacpp", sampler_settings(recipe))
+        return load(sampler.BACKEND, sampler_settings(recipe))
 
     return Models(
         load=lambda: load(i.backend, model_settings(recipe)),
@@ -77,7 +77,7 @@ def models_of(recipe: Recipe, load: Loader, load_classifier: LoadClassifier | No
 def check_reference(inputs: Inputs) -> None:
     """Raise RecipeError for a GGUF beside another model: quantised log-probs differ from the original's, and that
     difference would be taken for a reward."""
-    if inputs.init_model and any(name and name.endswith(".gguf") for name in (inputs.model, inputs.init_model)):
+    if inputs.init_model and any(name and name.endswith(GGUF) for name in (inputs.model, inputs.init_model)):
         raise RecipeError(
             "with a GGUF the policy and its reference must be the same file: leave --init-model out, "
             "and give the policy as --adapter-path"
@@ -87,7 +87,10 @@ def check_reference(inputs: Inputs) -> None:
 def sampler_settings(recipe: Recipe) -> ModelSettings:
     """How the GGUF of --sampler is loaded: its precision is its own."""
     return replace(
-        model_settings(recipe, str(sampler.file_of(recipe))), device="auto", dtype="auto", load_in_4bit=False
+        model_settings(recipe, str(sampler.file_of(recipe))),
+        device=sampler.device(recipe),
+        dtype="auto",
+        load_in_4bit=False,
     )
 
 

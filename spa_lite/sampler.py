@@ -6,17 +6,16 @@ own: the judge scores every answer again under the policy in training, and nothi
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
+from typing import Any
 
 from spa_lite.errors import ModelError, RecipeError
-from spa_lite.files import feed
 from spa_lite.recipe import Recipe
 
 GGUF = "gguf:"
 """How `sampling.by` names a file."""
-MADE_BY = {"backend": "llamacpp", "device": "as asked for", "dtype": "the file's own", "bits": None}
-"""What such samples are computed on, as a stage records it."""
+BACKEND = "llamacpp"
+"""Whose samples they are: it trains nothing, so in a run it does nothing else."""
 
 
 def file_of(recipe: Recipe) -> Path | None:
@@ -47,8 +46,11 @@ def check(recipe: Recipe) -> None:
         raise RecipeError("--cache-reference keeps states of the policy's own sampler: leave it or --sampler out")
 
 
-def fingerprint(path: Path) -> str:
-    """Digest of the file (of a large one: of its beginning and of blocks spread over it)."""
-    hasher = hashlib.blake2b(digest_size=16)
-    feed(hasher, path)
-    return hasher.hexdigest()
+def device(recipe: Recipe) -> str:
+    """Where it works: on the CPU if the run does so by its user's word, else wherever llama.cpp can."""
+    return "cpu" if recipe.inputs.device == "cpu" else "auto"
+
+
+def made_by(recipe: Recipe) -> dict[str, Any]:
+    """What such samples are computed on, as a stage records it, before the file is loaded."""
+    return {"backend": BACKEND, "device": device(recipe), "dtype": "the file's own", "bits": None}

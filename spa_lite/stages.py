@@ -26,7 +26,7 @@ from spa_lite.errors import DataError, ModelError
 from spa_lite.estimate import Longest, longest_of_rows
 from spa_lite.evaluate import GoldRule
 from spa_lite.events import Event, Report, Tick, silent, ticking
-from spa_lite.files import lines_of, move, share, write_json
+from spa_lite.files import digest_of_weights, lines_of, move, share, write_json
 from spa_lite.fit import Remembered, sizes_that_fit
 from spa_lite.journal import Journal, Marked
 from spa_lite.judge import (
@@ -132,9 +132,9 @@ class Workshop:
 
         inputs = {"policy": policy.key, "prompts": digest(prompts), "round": str(i)}
         if drawing:
-            inputs["sampler"] = sampler.fingerprint(drawing)
+            inputs["sampler"] = digest_of_weights(drawing)
         stage = self._stage(f"rounds/{i}", "sample", ("samples.jsonl", states.NAME), inputs, len(prompts))
-        self._sampled[i] = self._once(stage, work, sampler.MADE_BY if drawing else None)
+        self._sampled[i] = self._once(stage, work, sampler.made_by(self.recipe) if drawing else None)
         return self._sampled[i]
 
     def judge(self, i: int, samples: Stage, policy: Policy, lagged: Policy | None) -> Stage:
@@ -550,7 +550,7 @@ def several_makers(makers: dict[str, dict[str, Any]]) -> list[str]:
     """Say so if the stages of a run were computed on different backends, devices or precisions."""
     stages: dict[str, list[str]] = {}
     for title, maker in makers.items():
-        if maker and maker != sampler.MADE_BY:  # which was asked for
+        if maker and maker.get("backend") != sampler.BACKEND:  # which was asked for
             stages.setdefault(", ".join(str(value) for value in maker.values()), []).append(title)
     if len(stages) < 2:
         return []

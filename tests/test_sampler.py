@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,10 @@ def test_it_draws_and_the_trainer_scores(tmp_path: Path, recipe: Recipe) -> None
     assert len(trained) >= 3
     assert not [line for line in summary["warnings"] if "machine" in line], "the other backend was asked for"
     made_by = msgspec.json.decode((tmp_path / "by/rounds/1/sample.done.json").read_bytes())["made_by"]
-    assert made_by == sampler.MADE_BY
+    assert made_by == sampler.made_by(recipe)
+    assert sampler.made_by(own)["device"] == "auto"
+    on_cpu = replace(own, inputs=replace(own.inputs, device="cpu"))
+    assert sampler.made_by(on_cpu)["device"] == "cpu"
 
 
 def test_another_file_is_another_stage(tmp_path: Path, recipe: Recipe) -> None:
