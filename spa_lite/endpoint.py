@@ -175,7 +175,9 @@ class Endpoint:
         if self.jobs.qsize() >= MOST_WAITING:
             raise Refused(503, f"{MOST_WAITING} requests are waiting: try again later")
         heard = self.heard(request, asked, role)
-        visit.prompt = int(str(await anext(heard)))
+        size = await anext(heard)
+        assert isinstance(size, int)  # of the prompt: that is always heard first
+        visit.prompt = size
         reply = Reply(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), visit.stage)
         if asked.stream:
             told = stream(heard, reply, asked, visit)
