@@ -97,7 +97,7 @@ class Training:
             for indices, some, theirs in micro_batches(
                 rows, known, batching.micro_tokens, shared, objective.sequential
             ):
-                batch, outcome, gradient = self._accumulate(pack(some, shared), theirs, objective, len(rows))
+                batch, outcome, gradient = self._accumulate(indices, pack(some, shared), theirs, objective, len(rows))
                 parts.append((indices, batch, outcome))
                 total = {key: total[key] + gradient[key] for key in total} if gradient else total
                 mx.eval(total)
@@ -125,7 +125,7 @@ class Training:
             raise
 
     def _accumulate(
-        self, packed: Packed, known: Known | None, objective: Objective, total: int
+        self, indices: Sequence[int], packed: Packed, known: Known | None, objective: Objective, total: int
     ) -> tuple[Batch, Outcome, Tree]:
         """What the objective made of one micro-batch, and the gradient of its share of the mean loss."""
         wanted = Wanted(
@@ -145,7 +145,8 @@ class Training:
         expected = (
             known.sums if known is not None and objective.reference else beside.pop(0) if wanted.reference else none
         )
-        batch = Batch(logp, expected, beside[0] if beside else none, packed.lengths, packed.row)
+        places = np.array(indices, dtype=np.int64)
+        batch = Batch(logp, expected, beside[0] if beside else none, packed.lengths, packed.row, places)
         outcome = objective(batch)
         if not (np.isfinite(outcome.loss).all() and count):
             return batch, outcome, {}

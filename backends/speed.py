@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from spa_lite.backend import Backend
-from spa_lite.estimate import Speed
+from spa_lite.effort import Speed
 
 SIZES = {"cpu": (768, 2**24), "cuda": (6144, 2**27)}
 """Side of the squares, and numbers copied: more than caches hold, and little beside a model."""

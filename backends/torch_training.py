@@ -72,7 +72,7 @@ class Training:
         try:
             with first_layers_recomputed(self.net.model, batching.checkpointed):
                 parts = [
-                    (indices, *self._accumulate(some, theirs, objective, len(rows), batching.checkpointed > 0))
+                    (indices, *self._accumulate(indices, some, theirs, objective, len(rows), batching.checkpointed > 0))
                     for indices, some, theirs in micro
                 ]
             norm = self._clip()
@@ -99,7 +99,13 @@ class Training:
             raise
 
     def _accumulate(
-        self, rows: Sequence[Row], known: Known | None, objective: Objective, total: int, checkpointed: bool
+        self,
+        indices: Sequence[int],
+        rows: Sequence[Row],
+        known: Known | None,
+        objective: Objective,
+        total: int,
+        checkpointed: bool,
     ) -> tuple[Batch, Outcome]:
         """Forward and backward of one micro-batch. The policy's graph is built last and used at once."""
         net, laid = self.net, lay_out(self.net, rows)
@@ -119,6 +125,7 @@ class Training:
             extrapolated if objective.extrapolation else none,
             packed.lengths,
             packed.row,
+            np.array(indices, dtype=np.int64),
         )
         outcome = objective(batch)
         if np.isfinite(outcome.loss).all() and len(found.logp):

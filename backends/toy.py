@@ -250,7 +250,7 @@ class ToyBackend:
         gradient, parts = np.zeros_like(self.base), []
         for some in micro_batches(rows, known, self.batching.micro_tokens, self.context, objective.sequential):
             indices, theirs, told = some
-            batch, outcome, part = _gradient(theirs, told, objective, *tables)
+            batch, outcome, part = _gradient(indices, theirs, told, objective, *tables)
             gradient += part / len(rows)
             parts.append((indices, batch, outcome))
         losses = np.concatenate([outcome.loss for _, _, outcome in parts])
@@ -357,7 +357,12 @@ def base_matrix(model: str) -> Floats:
 
 
 def _gradient(
-    rows: Sequence[Row], known: Known | None, objective: Objective, policy: Floats, previous: Floats
+    indices: Sequence[int],
+    rows: Sequence[Row],
+    known: Known | None,
+    objective: Objective,
+    policy: Floats,
+    previous: Floats,
 ) -> tuple[Batch, Outcome, Floats]:
     """What the objective says of some rows, and the gradient of their summed loss in the logits matrix.
 
@@ -371,6 +376,7 @@ def _gradient(
         extrapolated=_extrapolated(known, policy, previous, places, objective.extrapolation),
         tokens=np.array([len(place[0]) for place in places], dtype=np.int64),
         row=np.repeat(np.arange(len(rows)), [len(row.responses) for row in rows]),
+        index=np.array(indices, dtype=np.int64),
     )
     outcome = objective(batch)
     counts = np.zeros_like(policy)

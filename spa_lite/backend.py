@@ -119,7 +119,8 @@ class Batch:
     """What an objective sees of some rows: flat arrays over all responses [R], in row order.
 
     `row[r]` is the index of the row that response r belongs to. `reference` is empty when the objective
-    asks for none, `extrapolated` when `extrapolation` is 0. All sums are in nats, float64.
+    asks for none, `extrapolated` when `extrapolation` is 0. All sums are in nats, float64. `index[k]` is the
+    position of row k among all rows of the step: a batch may hold some of them, in any order.
     """
 
     logp: Floats
@@ -127,6 +128,7 @@ class Batch:
     extrapolated: Floats
     tokens: NDArray[np.int64]
     row: NDArray[np.int64]
+    index: NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,16 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spa_lite.backend import Batch, Floats, Outcome, StepStats
 from spa_lite.errors import RecipeError
+
+if TYPE_CHECKING:
+    from spa_lite.train import Example
 
 Rule = Literal["paper", "official"]
 BeforeFull = Literal["off", "zero"]
@@ -110,13 +114,13 @@ class Window:
         self.margins.extend(float(m) for m in margins if math.isfinite(m))
 
 
-def pair_margins(batch: Batch, logp: Floats, beta: float) -> Floats:
-    """Margins [rows] of rows that hold a chosen and a rejected response, in this order."""
-    if len(batch.row) != 2 * len(np.unique(batch.row)):
-        raise RecipeError("a DPO loss needs rows of exactly two responses, chosen first")
-    return np.asarray(
-        margin(logp[0::2], logp[1::2], batch.reference[0::2], batch.reference[1::2], beta), dtype=np.float64
-    )
+def pair_places(batch: Batch) -> NDArray[np.int64]:
+    """Where the chosen response of each row stands among all [rows]; the rejected one follows it, and then perhaps a
+    third. Raises RecipeError unless every row holds two responses or three."""
+    counts = np.bincount(batch.row)
+    if not np.isin(counts, (2, 3)).all():
+        raise RecipeError("a loss of pairs needs rows of two responses (a third may follow), chosen first")
+    return np.cumsum(counts) - counts
 
 
 def pair_coefficients(slope: Floats, beta: float) -> Floats:
@@ -124,32 +128,80 @@ def pair_coefficients(slope: Floats, beta: float) -> Floats:
     return np.stack([beta * slope, -beta * slope], axis=1).reshape(-1)
 
 
-class Dpo:
-    """Plain DPO (Eq. 6) with reference PREVIOUS."""
+class PairLoss(Protocol):
+    """A loss of pairs, chosen first: what `Plain` and `Refined` are made of. `spa_lite.losses` has them."""
 
-    reference = True
-    extrapolation = 0.0
-    sequential = False
+    @property
+    def reference(self) -> bool:
+        """Whether log-probabilities under PREVIOUS are needed."""
+        ...
 
-    def __init__(self, beta: float = 0.1) -> None:
-        self.beta = beta
+    def margins(self, batch: Batch, logp: Floats) -> Floats:
+        """Margins [rows] of rows whose responses have these log-probabilities [responses]."""
+        ...
 
-    def __call__(self, batch: Batch) -> Outcome:
-        """Loss and coefficients of a batch of pairs."""
-        m = pair_margins(batch, batch.logp, self.beta)
-        slope = refined_slope(m, np.zeros_like(m), 0.0)
-        return Outcome(dpo_loss(m), pair_coefficients(slope, self.beta), {"margin": m})
+    def __call__(self, batch: Batch, doubt: Floats) -> tuple[Floats, Floats]:
+        """Loss [rows], and d loss / d logp [responses]. `doubt` [rows]: how likely each label is taken to be wrong."""
+        ...
+
+    def begin_step(self, batch: Sequence[Example]) -> None:
+        """Look at the rows of an optimizer step."""
+        ...
 
     def end_step(self, stats: StepStats) -> None:
-        """Nothing to count."""
+        """Look at what came of it."""
+        ...
 
     @property
     def memory(self) -> dict[str, Any]:
-        """Nothing to remember."""
-        return {}
+        """What it remembers between two steps, as plain values."""
+        ...
 
     def remember(self, memory: dict[str, Any]) -> None:
-        """Nothing to go back to."""
+        """Go back to what it remembered then."""
+        ...
+
+
+class Plain:
+    """A loss of pairs as it is; every label is taken to be wrong with probability `doubt`."""
+
+    extrapolation = 0.0
+    sequential = False
+
+    def __init__(self, loss: PairLoss, doubt: float = 0.0) -> None:
+        self.loss, self.reference, self.doubt = loss, loss.reference, doubt
+
+    def begin_step(self, batch: Sequence[Example]) -> None:
+        """Hand the rows of a step on."""
+        self.loss.begin_step(batch)
+
+    def __call__(self, batch: Batch) -> Outcome:
+        """Loss and coefficients of a batch of pairs."""
+        m = self.loss.margins(batch, batch.logp)
+        loss, coefficients = self.loss(batch, np.full_like(m, self.doubt))
+        return Outcome(loss, coefficients, {"margin": m})
+
+    def end_step(self, stats: StepStats) -> None:
+        """Hand on what came of a step."""
+        self.loss.end_step(stats)
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What the loss remembers."""
+        return self.loss.memory
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        """Go back to it."""
+        self.loss.remember(memory)
+
+
+class Dpo(Plain):
+    """Plain DPO (Eq. 6) with reference PREVIOUS."""
+
+    def __init__(self, beta: float = 0.1) -> None:
+        from spa_lite.losses import dpo  # made of the functions above
+
+        super().__init__(dpo(beta))
 
 
 def first_watched(sizes: Sequence[int], window: int, warmup: float) -> int:
@@ -169,7 +221,7 @@ def first_watched(sizes: Sequence[int], window: int, warmup: float) -> int:
 
 
 class Refined:
-    """The refined loss (Eq. 10) with decoupled noise detection (Eq. 11, 12) and warm-up.
+    """A refined loss of pairs (of DPO: Eq. 10) with decoupled noise detection (Eq. 11, 12) and warm-up.
 
     The loss uses the policy's margin; only the flag uses the extrapolated one. Rule `paper`: tau is set once
     per optimizer step from earlier steps. Rule `official`: pair by pair. `total_steps` counts optimizer
@@ -177,11 +229,9 @@ class Refined:
     no margin is extrapolated, or looked at.
     """
 
-    reference = True
-
     def __init__(
         self,
-        beta: float,
+        loss: PairLoss,
         alpha: float,
         lambda_: float,
         window: Window,
@@ -189,9 +239,13 @@ class Refined:
         total_steps: int,
         first: int = 0,
     ) -> None:
-        self.beta, self.alpha, self.lambda_ = beta, alpha, lambda_
+        self.loss, self.alpha, self.lambda_, self.reference = loss, alpha, lambda_, loss.reference
         self.window, self.warmup, self.total_steps, self.first = window, warmup, total_steps, first
         self.step = 0
+
+    def begin_step(self, batch: Sequence[Example]) -> None:
+        """Hand the rows of a step on."""
+        self.loss.begin_step(batch)
 
     @property
     def sequential(self) -> bool:
@@ -215,13 +269,14 @@ class Refined:
 
     def __call__(self, batch: Batch) -> Outcome:
         """Loss and coefficients of a batch of pairs: in any order, or (rule `official`) in data order."""
-        m = pair_margins(batch, batch.logp, self.beta)
+        m = self.loss.margins(batch, batch.logp)
         simulated = self._simulated(batch, m)
         noisy, taus = self._detect(simulated)
         alpha = self.alpha if self.active else 0.0
+        loss, coefficients = self.loss(batch, alpha * noisy)
         return Outcome(
-            np.asarray(refined_loss(m, noisy, alpha), dtype=np.float64),
-            pair_coefficients(refined_slope(m, noisy, alpha), self.beta),
+            loss,
+            coefficients,
             {
                 "margin": m,
                 "extrapolated_margin": simulated,
@@ -234,7 +289,7 @@ class Refined:
     def _simulated(self, batch: Batch, margins: Floats) -> Floats:
         """Extrapolated margins [rows]: the margins themselves where lambda is 0, nan where nobody looks at them."""
         if len(batch.extrapolated):
-            return pair_margins(batch, batch.extrapolated, self.beta)
+            return self.loss.margins(batch, batch.extrapolated)
         return margins if self.watching else np.full_like(margins, np.nan)
 
     def _detect(self, simulated: Floats) -> tuple[Floats, Floats]:
@@ -255,15 +310,17 @@ class Refined:
         """Count the optimizer step, skipped or not; under rule `paper` its margins enter the window now."""
         if self.watching and not self.sequential:
             self.window.push(stats.metrics["extrapolated_margin"])
+        self.loss.end_step(stats)
         self.step += 1
 
     @property
     def memory(self) -> dict[str, Any]:
-        """Step and window between two steps: a checkpoint holds them."""
-        return {"step": self.step, "margins": list(self.window.margins)}
+        """Step and window between two steps: a checkpoint holds them, and what the loss remembers."""
+        return {"step": self.step, "margins": list(self.window.margins), **self.loss.memory}
 
     def remember(self, memory: dict[str, Any]) -> None:
         """Go back to a step; margins of a step that was not finished are forgotten."""
         self.step = memory["step"]
         self.window.margins.clear()
         self.window.push(memory["margins"])
+        self.loss.remember(memory)

@@ -12,12 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spa_lite.backend import Backend, Known, Objective, Optimizer, StepStats
+from spa_lite.carry import of_round
 from spa_lite.checkpoint import Checkpoints
 from spa_lite.errors import TrainingDiverged
 from spa_lite.events import Event, Report, silent
 from spa_lite.fit import halving
 from spa_lite.interrupt import deferred
 from spa_lite.keys import shuffled
+from spa_lite.losses import NEEDS_REFERENCE
+from spa_lite.noise import doubts_of, weights_of
+from spa_lite.pairing import why_not
 from spa_lite.recipe import Recipe
 from spa_lite.records import Judgement, Row
 from spa_lite.states import Reader
@@ -27,7 +31,11 @@ PATIENCE = 3
 
 
 class TrainObjective(Objective, Protocol):
-    """An objective that is told when an optimizer step ends, and remembers things from step to step."""
+    """An objective that is told when an optimizer step begins and ends, and remembers things from step to step."""
+
+    def begin_step(self, batch: Sequence[Example]) -> None:
+        """Called before each optimizer step with its rows, whose places there are `Batch.index`."""
+        ...
 
     def end_step(self, stats: StepStats) -> None:
         """Called after each optimizer step, with what it reported of all its rows, in row order."""
@@ -45,13 +53,16 @@ class TrainObjective(Objective, Protocol):
 
 @dataclass(frozen=True)
 class Example:
-    """One pair of a training stage, and what is known of both responses under PREVIOUS (the judge's policy): sums in
-    nats, and the states that the sampler kept."""
+    """One row of a training stage, chosen response first, and what is known of all its responses under PREVIOUS: sums
+    in nats, and the states that the sampler kept."""
 
     id: str
     row: Row
-    reference: tuple[float, float] | None = None
-    states: tuple[NDArray[Any], NDArray[Any]] | None = None
+    reference: tuple[float, ...] | None = None
+    states: tuple[NDArray[Any], ...] | None = None
+    doubt: float = 0.0  # probability that the label is wrong
+    weight: float = 1.0  # how much the row counts
+    desirable: bool | None = None  # of a response alone
 
 
 @dataclass(frozen=True)
@@ -83,10 +94,10 @@ def seed_plan(recipe: Recipe, rows: int) -> Plan:
     return Plan(s.epochs, s.batch_size, s.learning_rate, rows, recipe.train.max_steps)
 
 
-def round_plan(recipe: Recipe, rows: int) -> Plan:
-    """A round: one pass over its own pairs."""
+def round_plan(recipe: Recipe, rows: int, round_: int) -> Plan:
+    """A round: one pass over its pairs."""
     t = recipe.train
-    return Plan(t.epochs, t.batch_size, t.learning_rate, rows, t.max_steps)
+    return Plan(t.epochs, t.batch_size, of_round(t.round_rates, round_, t.learning_rate), rows, t.max_steps)
 
 
 def optimizer_of(recipe: Recipe) -> Optimizer:
@@ -137,7 +148,7 @@ def train(
             tokens += stats.tokens
             at.step, at.skipped = at.step + 1, at.skipped + stats.skipped
             at.streak = at.streak + 1 if stats.skipped else 0
-            lines.append(step_line(at.step, epoch, rate, [example.id for example in batch], stats))
+            lines.append(step_line(at.step, epoch, rate, batch, stats))
             saved.log(lines[-1])
             ending = stopped() or at.step == plan.steps
             if ending or saved.due(at.step) or backend.batching != sizes:
@@ -169,6 +180,7 @@ def batches(
 def optimizer_step(backend: Backend, batch: Sequence[Example], objective: TrainObjective, rate: float) -> StepStats:
     """One step, with what is known of the reference; in smaller micro-batches where memory runs out."""
     before, rows = objective.memory, [example.row for example in batch]
+    objective.begin_step(batch)
 
     def step() -> StepStats:
         objective.remember(before)
@@ -179,17 +191,32 @@ def optimizer_step(backend: Backend, batch: Sequence[Example], objective: TrainO
 
 def known_of(batch: Sequence[Example]) -> Known | None:
     """What is known of a batch under PREVIOUS, in row order: nothing unless all sums are, no states unless all are."""
+    responses = sum(len(example.row.responses) for example in batch)
     sums = [value for example in batch for value in example.reference or ()]
     states = tuple(kept for example in batch for kept in example.states or ())
-    if len(sums) < 2 * len(batch):
+    if len(sums) < responses:
         return None
-    return Known(np.array(sums), states if len(states) == 2 * len(batch) else None)
+    return Known(np.array(sums), states if len(states) == responses else None)
 
 
-def step_line(step: int, epoch: int, rate: float, ids: Sequence[str], stats: StepStats) -> dict[str, Any]:
+def sides(batch: Sequence[Example]) -> tuple[list[int], list[int]]:
+    """Places of the chosen and of the rejected responses among all of a batch. A response alone is chosen unless it is
+    undesirable; one of a pair is chosen if it comes first."""
+    chosen: list[int] = []
+    rejected: list[int] = []
+    place = 0
+    for example in batch:
+        (rejected if example.desirable is False else chosen).append(place)
+        if len(example.row.responses) > 1:
+            rejected.append(place + 1)
+        place += len(example.row.responses)
+    return chosen, rejected
+
+
+def step_line(step: int, epoch: int, rate: float, batch: Sequence[Example], stats: StepStats) -> dict[str, Any]:
     """One line of metrics.jsonl. Reward names follow TRL: beta times the log-ratio; here without beta, in nats."""
-    chosen, rejected = stats.logp[0::2], stats.logp[1::2]
-    ref_chosen, ref_rejected = stats.reference[0::2], stats.reference[1::2]
+    ids, (chosen, rejected) = [example.id for example in batch], sides(batch)
+    ratios = stats.logp - stats.reference if len(stats.reference) else np.full_like(stats.logp, np.nan)
     margins = stats.metrics.get("margin", np.zeros(0))
     extrapolated = stats.metrics.get("extrapolated_margin", np.zeros(0))
     softened = stats.metrics.get("softened", np.zeros(len(ids)))
@@ -201,19 +228,24 @@ def step_line(step: int, epoch: int, rate: float, ids: Sequence[str], stats: Ste
         "loss": finite(stats.loss),
         "grad_norm": finite(stats.grad_norm),
         "skipped": stats.skipped,
-        "margin": finite(np.mean(margins)) if len(margins) else None,
-        "accuracy": finite(np.mean(margins > 0)) if len(margins) else None,
-        "logp_chosen": finite(np.mean(chosen)),
-        "logp_rejected": finite(np.mean(rejected)),
-        "logratio_chosen": finite(np.mean(chosen - ref_chosen)),
-        "logratio_rejected": finite(np.mean(rejected - ref_rejected)),
+        "margin": mean(margins),
+        "accuracy": mean(margins > 0),
+        "logp_chosen": mean(stats.logp[chosen]),
+        "logp_rejected": mean(stats.logp[rejected]),
+        "logratio_chosen": mean(ratios[chosen]),
+        "logratio_rejected": mean(ratios[rejected]),
         "tau": finite(taus[0]) if len(taus) else None,
         "tokens": stats.tokens,
-        "ids": list(ids),
+        "ids": ids,
         "margins": [finite(m) for m in margins],
         "extrapolated_margins": [finite(m) for m in extrapolated],
         "flagged": [i for i, z in zip(ids, softened, strict=True) if z > 0],
     }
+
+
+def mean(values: NDArray[Any]) -> float | None:
+    """Their mean; None of no values, or where it is not finite."""
+    return finite(np.mean(values)) if len(values) else None
 
 
 def finite(value: Any) -> float | None:
@@ -246,19 +278,34 @@ def summarise(lines: Sequence[dict[str, Any]], skipped: int) -> dict[str, Any]:
     }
 
 
-def pairs_of(judgements: Sequence[Judgement], recipe: Recipe, kept: Reader | None = None) -> list[Example]:
-    """Training pairs of judgements; identical answers are dropped if the recipe says so.
+def pairs_of(
+    judgements: Sequence[Judgement], recipe: Recipe, kept: Reader | None = None, fresh: bool = True
+) -> list[Example]:
+    """Training pairs of judgements, without those that `pairing` leaves out. With a third answer a row has a third
+    response.
 
-    The judge's policy is the DPO reference of the round, so its sums are the reference's. `kept` are the states of the
-    samples that were judged.
+    The judge's policy is the reference of a round that compares with the policy that answered, so its sums are the
+    reference's, if the judgements are `fresh`: the round's own. `kept` are the states of the samples that were judged.
     """
+    found = [(n, j) for n, j in enumerate(judgements) if not why_not(j, recipe)]
+    trained = [j for _, j in found]
+    known = fresh and reference_of(recipe) == "prev"
+    told = zip(found, doubts_of(trained, recipe), weights_of(trained, recipe), strict=True)
     return [
         Example(
             j.id,
             j.row,
-            (j.chosen.policy, j.rejected.policy),
-            (kept.of(index, j.chosen.ids), kept.of(index, j.rejected.ids)) if kept else None,
+            (j.chosen.policy, j.rejected.policy) if known and not j.third else None,
+            (kept.of(n, j.chosen.ids), kept.of(n, j.rejected.ids)) if kept else None,
+            doubt,
+            weight,
         )
-        for index, j in enumerate(judgements)
-        if recipe.judge.identical == "keep" or j.a.ids != j.b.ids
+        for (n, j), doubt, weight in told
     ]
+
+
+def reference_of(recipe: Recipe) -> str:
+    """What the loss of a round compares with: prev, init or none."""
+    if recipe.train.reference != "auto":
+        return recipe.train.reference
+    return "prev" if recipe.loss.kind in NEEDS_REFERENCE else "none"

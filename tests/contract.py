@@ -34,7 +34,9 @@ from spa_lite.backend import (
 )
 from spa_lite.backends import load
 from spa_lite.errors import BackendError, ModelError, SpaError
-from spa_lite.objective import Dpo, Refined, Window
+from spa_lite.losses import dpo, pair_loss
+from spa_lite.objective import Dpo, Plain, Refined, Window
+from spa_lite.recipe import build
 from spa_lite.records import Completion, Ids, Message, Row, Score
 
 QUESTIONS = (
@@ -484,13 +486,47 @@ class Numerics:
             assert left == pytest.approx(right, abs=10 * subject.tolerance)
 
     @needs_training
+    def test_a_batch_says_which_rows_it_holds(self, subject: Subject) -> None:
+        """Rows are sorted by length inside a step; their places are those among the rows given."""
+        backend = subject.moved(micro_tokens=1)
+        rows = pairs(backend, 6)
+        objective = Linear([0.1, -0.1] * 6, sequential=False)
+        backend.dpo_step(rows, objective, 0.0)
+        places = [int(place) for batch in objective.seen for place in batch.index]
+        assert sorted(places) == list(range(6))
+        assert places != sorted(places)
+        tokens = np.concatenate([batch.tokens for batch in objective.seen]).reshape(6, 2)
+        assert [[len(ids) for ids in rows[place].responses] for place in places] == tokens.tolist()
+
+    @needs_training
+    def test_a_third_response_is_pulled_by_optimism(self, subject: Subject) -> None:
+        """SELM's term: a pair's loss, and the third answer becomes less likely than it was."""
+        backend = subject.fresh()
+        backend.snapshot()
+        backend.start_training(OPTIMIZER)
+        rows = [
+            Row(prompt=row.prompt, responses=(*row.responses, other.responses[0]))
+            for row, other in zip(pairs(backend, 3), pairs(backend, 5)[2:], strict=True)
+        ]
+        before = sums(backend, rows)
+        loss = Plain(pair_loss(build({"test": {"loss.optimism": 5.0, "loss.beta": 0.5}})[0]))
+        stats = backend.dpo_step(rows, loss, subject.rate)
+        assert stats.loss == pytest.approx(math.log(2), abs=1e-4)
+        assert stats.logp == pytest.approx(before, abs=20 * subject.tolerance)
+        assert (sums(backend, rows)[2::3] < before[2::3]).all()
+        plain = Plain(pair_loss(build({"test": {"loss.beta": 0.5}})[0]))
+        assert backend.dpo_step(rows, plain, 0.0).loss == pytest.approx(
+            backend.dpo_step([Row(prompt=r.prompt, responses=r.responses[:2]) for r in rows], plain, 0.0).loss, abs=1e-4
+        )
+
+    @needs_training
     @pytest.mark.parametrize("rule", ["paper", "official"])
     def test_flags_do_not_depend_on_micro_batches(self, subject: Subject, rule: Any) -> None:
         """Whatever is sorted and forwarded together, thresholds and flags are those of the rows' own order."""
         results = []
         for tokens in (1, 10**6):
             backend = subject.moved(micro_tokens=tokens)
-            loss = Refined(0.5, 0.3, 0.5, Window(rule, 0.4, 4, "zero"), 0.0, 3)
+            loss = Refined(dpo(0.5), 0.3, 0.5, Window(rule, 0.4, 4, "zero"), 0.0, 3)
             found: list[Floats] = []
             for _ in range(3):
                 stats = backend.dpo_step(pairs(backend, 6), loss, subject.rate)
@@ -577,7 +613,14 @@ class Bookkeeping:
         assert stats.logp == pytest.approx(expected[0], abs=subject.tolerance)
         assert stats.reference == pytest.approx(expected[1], abs=subject.tolerance)
         again = Dpo(0.3)(
-            Batch(stats.logp, stats.reference, np.zeros(0), np.zeros(16, np.int64), np.repeat(np.arange(8), 2))
+            Batch(
+                stats.logp,
+                stats.reference,
+                np.zeros(0),
+                np.zeros(16, np.int64),
+                np.repeat(np.arange(8), 2),
+                np.arange(8),
+            )
         )
         assert stats.loss == pytest.approx(again.loss.mean(), abs=1e-12)
         assert stats.metrics["margin"] == pytest.approx(again.metrics["margin"], abs=1e-12)

@@ -21,6 +21,7 @@ from spa_lite import objective
 from spa_lite.backend import Batch, Outcome, StepStats
 from spa_lite.errors import RecipeError
 from spa_lite.judge import best_and_worst
+from spa_lite.losses import dpo
 from spa_lite.objective import Dpo, Refined, Window
 from spa_lite.train import Plan
 
@@ -44,6 +45,7 @@ def batch_of(logp: Any, reference: Any, extrapolated: Any = ()) -> Batch:
         np.asarray(extrapolated, dtype=np.float64),
         np.ones(len(flat), dtype=np.int64),
         rows,
+        np.arange(len(flat) // 2),
     )
 
 
@@ -93,7 +95,7 @@ def test_golden_losses_rewards_and_gradients(case: dict[str, Any]) -> None:
         loss: Any = Dpo(p["beta"])
     else:
         rule = "official" if case["status"] == "code_only" else "paper"
-        loss = Refined(p["beta"], p["alpha"], 0.5, FixedTau(p["threshold"], rule), 0.2, p["max_steps"])
+        loss = Refined(dpo(p["beta"]), p["alpha"], 0.5, FixedTau(p["threshold"], rule), 0.2, p["max_steps"])
         loss.step = p["global_step"]
     outcome = loss(batch)
     close(outcome.loss, expected["losses"])
@@ -108,7 +110,7 @@ def test_golden_losses_rewards_and_gradients(case: dict[str, Any]) -> None:
 def test_golden_warmup(case: dict[str, Any]) -> None:
     """The first optimizer step with refinement, for 17 run lengths."""
     for total, first in zip(case["inputs"]["max_steps"], case["expected"]["first_active_global_step"], strict=True):
-        loss = Refined(0.1, 0.1, 0.5, Window(), case["params"]["fraction"], total)
+        loss = Refined(dpo(0.1), 0.1, 0.5, Window(), case["params"]["fraction"], total)
         while not loss.active:
             loss.step += 1
         assert loss.step == first
@@ -149,7 +151,9 @@ def test_golden_extrapolation(case: dict[str, Any]) -> None:
             [bigram_logp(w, pair["prompt"], pair[side]) for side in ("chosen", "rejected")]
             for w in (policy, reference, mixed)
         ]
-        loss = Refined(p["beta"], p["alpha"], p["lambda"], FixedTau(p["threshold"], rule), 0.2, p.get("max_steps", 100))
+        loss = Refined(
+            dpo(p["beta"]), p["alpha"], p["lambda"], FixedTau(p["threshold"], rule), 0.2, p.get("max_steps", 100)
+        )
         loss.step = p.get("global_step", 50)
         outcome = loss(batch_of(*sums))
         close(outcome.loss, [expected["loss"]])
@@ -208,7 +212,7 @@ def test_golden_stream(case: dict[str, Any]) -> None:
     """Micro-step by micro-step under the released rule: tau used, alpha in effect, flag, loss."""
     i, p, expected = case["inputs"], case["params"], case["expected"]
     window = Window("official", p["K"], p["window"], "zero")
-    loss = Refined(p["beta"], p["alpha"], 0.5, window, p["warmup"], p["max_steps"])
+    loss = Refined(dpo(p["beta"]), p["alpha"], 0.5, window, p["warmup"], p["max_steps"])
     found: dict[str, list[float]] = {"tau": [], "noisy": [], "loss": [], "active": []}
     for t, (own, mix) in enumerate(zip(i["policy_logratio_diff"], i["mix_logratio_diff"], strict=True), start=1):
         found["active"].append(p["alpha"] * loss.active)
@@ -238,7 +242,7 @@ def test_golden_sequence_logps(case: dict[str, Any]) -> None:
 def test_window_holds_margins_not_means(case: dict[str, Any]) -> None:
     """The released code feeds micro-batch means to its window; ours holds one margin per pair."""
     margins = [0.3, -0.2, 0.1]
-    loss = Refined(1.0, 0.1, 0.5, Window(size=3), 0.0, 10)
+    loss = Refined(dpo(1.0), 0.1, 0.5, Window(size=3), 0.0, 10)
     end_step(loss, loss(batch_of(interleave(margins, [0.0] * 3), [0.0] * 6)))
     assert list(loss.window.margins) == pytest.approx(margins)
 
@@ -308,8 +312,8 @@ def test_without_refinement_it_is_dpo_bit_for_bit(rows: list[tuple[float, float,
     """(a) alpha = 0, or before the warm-up is over."""
     plain = Dpo(0.1)(of_rows(rows))
     for loss in (
-        Refined(0.1, 0.0, 0.5, FixedTau(1e9, "paper"), 0.0, 10),
-        Refined(0.1, 0.1, 0.5, FixedTau(1e9, "paper"), 0.5, 10),
+        Refined(dpo(0.1), 0.0, 0.5, FixedTau(1e9, "paper"), 0.0, 10),
+        Refined(dpo(0.1), 0.1, 0.5, FixedTau(1e9, "paper"), 0.5, 10),
     ):
         refined = loss(of_rows(rows))
         assert (refined.loss == plain.loss).all()
@@ -319,7 +323,7 @@ def test_without_refinement_it_is_dpo_bit_for_bit(rows: list[tuple[float, float,
 @given(numbers)
 def test_lambda_zero_extrapolates_nothing(rows: list[tuple[float, float, float, float]]) -> None:
     """(b) Without extrapolated sums the flag uses the margin itself."""
-    outcome = Refined(0.1, 0.1, 0.0, Window(), 0.0, 10)(of_rows(rows))
+    outcome = Refined(dpo(0.1), 0.1, 0.0, Window(), 0.0, 10)(of_rows(rows))
     assert (outcome.metrics["margin"] == outcome.metrics["extrapolated_margin"]).all()
 
 
@@ -327,7 +331,7 @@ def test_lambda_zero_extrapolates_nothing(rows: list[tuple[float, float, float, 
 def test_at_the_reference_the_loss_is_ln_2(rows: list[tuple[float, float]], alpha: float, lambda_: float) -> None:
     """(c) policy = reference: every margin is 0, whatever alpha and lambda are."""
     flat = interleave([c for c, _ in rows], [r for _, r in rows])
-    outcome = Refined(0.1, alpha, lambda_, FixedTau(1.0, "paper"), 0.0, 10)(batch_of(flat, flat, flat))
+    outcome = Refined(dpo(0.1), alpha, lambda_, FixedTau(1.0, "paper"), 0.0, 10)(batch_of(flat, flat, flat))
     close(outcome.loss, [math.log(2)] * len(rows))
 
 
@@ -356,7 +360,7 @@ def test_a_flag_never_depends_on_its_own_margin(margins: list[float], rule: Any)
     """(h) tau at step n is made of earlier margins only."""
 
     def taus(values: list[float]) -> list[float]:
-        loss = Refined(1.0, 0.1, 0.5, Window(rule, 0.1, 50, "zero"), 0.0, 100)
+        loss = Refined(dpo(1.0), 0.1, 0.5, Window(rule, 0.1, 50, "zero"), 0.0, 100)
         seen = []
         for value in values:
             outcome = loss(batch_of([value, 0.0], [0.0, 0.0]))
@@ -374,7 +378,7 @@ def test_flags_do_not_depend_on_micro_batches(rule: Any) -> None:
     steps = rng.normal(size=(12, 8))
 
     def flags(piece: int) -> list[float]:
-        loss = Refined(1.0, 0.1, 0.0, Window(rule, 0.2, 20, "zero"), 0.0, 12)
+        loss = Refined(dpo(1.0), 0.1, 0.0, Window(rule, 0.2, 20, "zero"), 0.0, 12)
         found: list[float] = []
         for margins in steps:
             parts = [margins[start : start + piece] for start in range(0, len(margins), piece)]
@@ -393,7 +397,7 @@ def test_finite_differences() -> None:
     logp, reference = -rng.random(12) * 20, -rng.random(12) * 20
 
     def losses(x: np.ndarray) -> Any:
-        loss = Refined(0.3, 0.2, 0.5, FixedTau(0.1, "paper"), 0.0, 10)
+        loss = Refined(dpo(0.3), 0.2, 0.5, FixedTau(0.1, "paper"), 0.0, 10)
         return loss(batch_of(x, reference))
 
     exact = losses(logp).coefficients
@@ -416,11 +420,11 @@ def test_torch_agrees_with_numpy() -> None:
     close(x.grad.numpy(), objective.refined_slope(margins, noisy, 0.1))
 
 
-def test_more_than_two_responses_are_refused() -> None:
+def test_rows_without_a_rejected_response_are_refused() -> None:
     """A pair loss names what it needs."""
-    rows = np.zeros(3, dtype=np.int64)
+    rows, places = np.array([0, 0, 1]), np.arange(2)
     with pytest.raises(RecipeError, match="two responses"):
-        Dpo()(Batch(np.zeros(3), np.zeros(3), np.zeros(0), np.ones(3, dtype=np.int64), rows))
+        Dpo()(Batch(np.zeros(3), np.zeros(3), np.zeros(0), np.ones(3, dtype=np.int64), rows, places))
 
 
 @pytest.mark.parametrize("rule", ["paper", "official"])
@@ -428,7 +432,7 @@ def test_what_an_objective_remembers_is_all_there_is(rule: Any) -> None:
     """Between two steps: an objective that goes back to it decides as if it had never been away."""
 
     def objective() -> Refined:
-        return Refined(0.1, 0.3, 0.0, Window(rule, 0.3, 4, "zero"), 0.2, 10)
+        return Refined(dpo(0.1), 0.3, 0.0, Window(rule, 0.3, 4, "zero"), 0.2, 10)
 
     rng = np.random.default_rng(0)
     batches = [batch_of(*rng.normal(size=(2, 6))) for _ in range(6)]
@@ -478,7 +482,8 @@ def test_margins_that_cannot_matter_are_not_needed(
     """Flags, thresholds and coefficients of active steps are those of a training that extrapolates in every step."""
     first = objective.first_watched(plan.sizes, size, warmup)
     every, few = (
-        Refined(1.0, 0.2, 0.5, Window(rule, 0.3, size, before_full), warmup, plan.steps, start) for start in (0, first)
+        Refined(dpo(1.0), 0.2, 0.5, Window(rule, 0.3, size, before_full), warmup, plan.steps, start)
+        for start in (0, first)
     )
     rng, counted = np.random.default_rng(seed), 0
     for pairs in plan.sizes:

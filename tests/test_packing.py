@@ -93,7 +93,7 @@ def test_a_step_reports_in_row_order(rows: list[Row], tokens: int, in_order: boo
         assert theirs.states is not None
         assert [int(states[0, 0]) for states in theirs.states] == theirs.sums.tolist()
         them = responses_of(some)
-        batch = Batch(10 * theirs.sums, theirs.sums, np.zeros(0), them.lengths, them.row)
+        batch = Batch(10 * theirs.sums, theirs.sums, np.zeros(0), them.lengths, them.row, np.array(indices))
         place: Floats = np.array(indices, dtype=np.float64)
         parts.append((indices, batch, Outcome(place, batch.logp, {"place": place})))
     stats = step_stats(parts, 1.0, False)
