@@ -105,7 +105,7 @@ def judge(
 def check_policy(r: Recipe) -> None:
     """Raise RecipeError where the implicit reward would compare a policy with itself."""
     from spa_lite.lesson import MODEL_DIR
-    from spa_lite.stages import folder_digest
+    from spa_lite.stages.workbench import folder_digest
 
     i = r.inputs
     if r.judge.by != "implicit" or r.judge.reference == "none":
@@ -183,10 +183,9 @@ def say(job: Job, done: Progress) -> None:
     render.note(f"too close to call: {100 * tally.close / tally.records:.1f} % ({drift}); ties: {tally.ties}")
     found = tally.summary()
     if found["first_position"]:
-        render.note(
-            f"shown in both orders: {render.percent(found['order_agreement'])} % agree, the answer shown first wins "
-            f"{render.percent(found['first_position'])} %"
-        )
+        both = found["order_agreement"]
+        shown = f"both orders: {render.percent(both)} % agree" if both else "one order"
+        render.note(f"shown in {shown}, the answer shown first wins {render.percent(found['first_position'])} %")
     if tally.unread:
         render.note(f"replies that could not be read: {tally.unread}")
     if found["accuracy"]:
@@ -269,5 +268,5 @@ def show(made: Table) -> None:
 
     from spa_lite.cli import render
 
-    console = render.err if render.err.is_terminal else Console(stderr=True, highlight=False, width=160)
+    console = render.err if render.err.is_terminal else Console(stderr=True, emoji=False, highlight=False, width=160)
     console.print(made)

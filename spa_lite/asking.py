@@ -54,6 +54,34 @@ class Asked(Protocol):
         ...
 
 
+class Drawn(Protocol):
+    """Somebody whose replies can be drawn at a temperature, each from a random stream of its own."""
+
+    @property
+    def name(self) -> str:
+        """Who is asked, to stand beside every number."""
+        ...
+
+    @property
+    def key(self) -> str:
+        """Digest of all that the answers depend on beside the conversations and what they are drawn with."""
+        ...
+
+    def draws(
+        self,
+        conversations: Sequence[Conversation],
+        keys: Sequence[Sequence[bytes]],
+        temp: float,
+        max_tokens: int,
+        tick: Tick = lambda: None,
+    ) -> list[list[str]]:
+        """As many replies to each as there are keys, which name their streams (see `spa_lite.keys`); all have as many.
+
+        Empty ones where the conversation is too long. `tick` is called once per conversation.
+        """
+        ...
+
+
 class LocalModel:
     """A backend's model under one of its roles. `name` is what people call it.
 
@@ -68,13 +96,28 @@ class LocalModel:
 
     def replies(self, conversations: Sequence[Conversation], max_tokens: int, tick: Tick = lambda: None) -> list[str]:
         """The most probable token after the other, until the turn ends or after `max_tokens`."""
+        # Nothing is drawn at temperature 0, but the contract asks for a stream per answer.
+        keys = [[digest("reply", index)] for index in range(len(conversations))]
+        return [text for (text,) in self.draws(conversations, keys, 0.0, max_tokens, tick)]
+
+    def draws(
+        self,
+        conversations: Sequence[Conversation],
+        keys: Sequence[Sequence[bytes]],
+        temp: float,
+        max_tokens: int,
+        tick: Tick = lambda: None,
+    ) -> list[list[str]]:
+        """Replies drawn from the whole vocabulary, until the turn ends or after `max_tokens`."""
         prompts = {i: self.backend.tokenizer.encode_prompt(turns) for i, turns in enumerate(conversations)}
         fitting = {i: ids for i, ids in prompts.items() if len(ids) < self.backend.context}
-        texts = dict(zip(fitting, self._written(list(fitting.values()), max_tokens, tick), strict=True))
+        sampling = Sampling(temperature=temp, top_p=1.0, max_tokens=max_tokens)
+        written = self._written(list(fitting.values()), [keys[i] for i in fitting], sampling, tick)
+        texts = dict(zip(fitting, written, strict=True))
         self.too_long += len(prompts) - len(fitting)
         for _ in range(len(prompts) - len(fitting)):
             tick()
-        return [texts.get(i, "") for i in prompts]
+        return [texts.get(i, [""] * len(keys[i])) for i in prompts]
 
     def preferences(
         self, conversations: Sequence[Conversation], options: Sequence[str], tick: Tick = lambda: None
@@ -99,15 +142,16 @@ class LocalModel:
         )
         return row if len(row.prompt) + max(map(len, row.responses)) <= self.backend.context else None
 
-    def _written(self, prompts: Sequence[Ids], max_tokens: int, tick: Tick) -> list[str]:
-        # Nothing is drawn at temperature 0, but the contract asks for a stream per answer.
-        keys = [[digest("reply", *ids)] for ids in prompts]
-        sampling = Sampling(temperature=0.0, top_p=1.0, max_tokens=max_tokens)
+    def _written(
+        self, prompts: Sequence[Ids], keys: Sequence[Sequence[bytes]], sampling: Sampling, tick: Tick
+    ) -> list[list[str]]:
+        if not prompts:
+            return []
 
-        def once() -> list[str]:
-            found: dict[int, str] = {}
-            for index, (completion,) in self.backend.sample(prompts, 1, sampling, keys, self.role):
-                found[index] = completion.text
+        def once() -> list[list[str]]:
+            found: dict[int, list[str]] = {}
+            for index, completions in self.backend.sample(prompts, len(keys[0]), sampling, keys, self.role):
+                found[index] = [completion.text for completion in completions]
                 tick()
             return [found[index] for index in range(len(prompts))]
 

@@ -31,6 +31,7 @@ class Judged:
 
     def __init__(self, item: Item, opinion: Opinion, recipe: Recipe, drift: float) -> None:
         self.item, self.opinion, self.beta = item, opinion, recipe.loss.beta
+        self.swap = recipe.judge.swap
         self.order = ranked(opinion.scores, recipe.judge.tie)
         self.pair = len(self.order) == 2
         best, worst = self.order[0], self.order[-1]
@@ -77,7 +78,8 @@ class Judged:
         if known:
             found |= self._named("tokens", tokens, "")
         if self.opinion.verdicts:
-            found["orders_agree"] = all(self._orders()) if self._orders() else None
+            if self.swap:
+                found["orders_agree"] = all(self.opinion.agreeing) if self.opinion.agreeing else None
             found["unread"] = self.opinion.unread
         elif self.opinion.unread:
             found["unread"] = self.opinion.unread
@@ -93,20 +95,11 @@ class Judged:
         """name_a and name_b of a pair, else one list."""
         return {f"{name}_a": values[0], f"{name}_b": values[1]} if self.pair else {f"{name}{plural}": values}
 
-    def _orders(self) -> list[bool]:
-        """For each pair of answers whose both orders could be read: whether the same answer won."""
-        read = {(v.first, v.second): v.p for v in self.opinion.verdicts}
-        return [
-            (there > 0.5) == (back < 0.5) and (there < 0.5) == (back > 0.5)
-            for (i, j), there in read.items()
-            if i < j and there is not None and (back := read.get((j, i))) is not None
-        ]
-
     def seen(self, policy: Sequence[float], by: str | None) -> Seen:
         """What it adds to the tally. The likelihood baselines are there where the policy's sums are."""
         gold, answers = self.item.gold, self.item.sample.completions
         firsts = tuple(0.5 if v.p == 0.5 else float(v.p > 0.5) for v in self.opinion.verdicts if v.p is not None)
-        seen = Seen(self.margin, self.tie, self.close, orders=tuple(self._orders()), firsts=firsts)
+        seen = Seen(self.margin, self.tie, self.close, orders=self.opinion.agreeing, firsts=firsts)
         seen = seen._replace(unread=self.opinion.unread)
         if not gold:
             return seen

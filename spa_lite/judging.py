@@ -33,7 +33,7 @@ from spa_lite.models import Models
 from spa_lite.opinion import Judge, Opinion
 from spa_lite.recipe import Recipe, settings_of
 from spa_lite.records import Completion, Row, Sample
-from spa_lite.stages import folder_digest
+from spa_lite.stages.workbench import folder_digest
 from spa_lite.unfinished import finish, unfinished
 
 TWICE = 16
@@ -83,6 +83,8 @@ class Job:
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself, before anything is loaded. Raises RecipeError."""
+        if not self.samples:
+            judges.check_origin(self.recipe)
         self.kind = judges.check(self.recipe)
         self.full = self.full or self.samples
         self._bound = self._still = False

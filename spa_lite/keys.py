@@ -30,6 +30,11 @@ def sample_key(seed: int, round_: int, prompt_id: str, index: int) -> bytes:
     return digest("sample", seed, round_, prompt_id, index)
 
 
+def grade_key(seed: int, round_: int, sample_id: str, answer: int, try_: int) -> bytes:
+    """Name of the stream of one drawn grade of an answer."""
+    return digest("grade", seed, round_, sample_id, answer, try_)
+
+
 def generator(key: bytes, block: int = 0) -> np.random.Generator:
     """A Philox generator at the given block of the stream named by `key` (16 bytes)."""
     words = np.frombuffer(key, dtype="<u8").astype(np.uint64)

@@ -1,7 +1,7 @@
 """What a judge makes of the answers to a prompt, whoever the judge is: the one small interface of all judges.
 
 A judge sees samples (a prompt with two or more answers, as text and as token ids) and has an opinion on each. Some
-give every answer a number, some compare two answers at a time, in both orders.
+give every answer a number, some compare two answers at a time, in both orders unless told otherwise.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Opinion(Record, frozen=True, kw_only=True):
     """`scores` has one number per answer, higher is better.
 
     `odds` says that differences of scores are log-odds (nats), so that they make a probability. A judge that compares
-    leaves its `verdicts`, both orders of every pair; the score of an answer is then its mean probability of winning.
-    `unread` counts replies that could not be read.
+    leaves its `verdicts`, one or two orders of every pair; the score of an answer is then its mean probability of
+    winning. `unread` counts replies that could not be read.
     """
 
     scores: tuple[float, ...]
@@ -50,6 +50,16 @@ class Opinion(Record, frozen=True, kw_only=True):
         if seen:
             return sum(seen) / len(seen)
         return float(preference(self.scores[i] - self.scores[j])) if self.odds else None
+
+    @property
+    def agreeing(self) -> tuple[bool, ...]:
+        """For each pair of answers whose both orders could be read: whether the same answer won (or neither, twice)."""
+        read = {(v.first, v.second): v.p for v in self.verdicts}
+        return tuple(
+            (there > 0.5) == (back < 0.5) and (there < 0.5) == (back > 0.5)
+            for (i, j), there in read.items()
+            if i < j and there is not None and (back := read.get((j, i))) is not None
+        )
 
 
 class Judge(Protocol):
@@ -84,6 +94,19 @@ def compared(n: int, verdicts: Sequence[Verdict]) -> Opinion:
     return Opinion(scores=scores, verdicts=tuple(verdicts), unread=sum(v.p is None for v in verdicts))
 
 
-def both_orders(n: int) -> list[tuple[int, int]]:
-    """(first, second) of every comparison of n answers: each pair in both orders."""
-    return [order for i in range(n) for j in range(i + 1, n) for order in ((i, j), (j, i))]
+def orders(n: int, swap: bool = True) -> list[tuple[int, int]]:
+    """(first, second) of every comparison of n answers: each pair in both orders, or (`swap` False) as they stand."""
+    pairs = [(i, j) for i in range(n) for j in range(i + 1, n)]
+    return [order for i, j in pairs for order in ((i, j), (j, i))] if swap else pairs
+
+
+def tallied(opinions: Sequence[Opinion]) -> dict[str, float]:
+    """What a pile of opinions says of its judge: how many replies could not be read (`unread`); of the pairs that were
+    read in both orders (`both_orders`) in how many these `disagree`, and the share. Without such pairs, `unread` alone.
+    """
+    found: dict[str, float] = {"unread": sum(opinion.unread for opinion in opinions)}
+    agreeing = [same for opinion in opinions for same in opinion.agreeing]
+    if agreeing:
+        disagree = agreeing.count(False)
+        found |= {"both_orders": len(agreeing), "disagree": disagree, "disagree_share": disagree / len(agreeing)}
+    return found

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,11 +16,15 @@ from hypothesis import strategies as st
 from spa_lite import backends
 from spa_lite.asking import Conversation, LocalModel, apart, without_thinking
 from spa_lite.backend import POLICY, Batching, Lora, ModelSettings
-from spa_lite.backends.toy import ToyBackend, log_softmax
+from spa_lite.backends.toy import END, ToyBackend, log_softmax
 from spa_lite.errors import OutOfMemory, RecipeError
-from spa_lite.judges.asked import GRADES, PairJudge, ScoreJudge, read_template
+from spa_lite.judges.asked import PairJudge, RubricJudge, ScoreJudge
 from spa_lite.judges.replies import grade, verdict
-from spa_lite.opinion import Judge
+from spa_lite.judges.wording import GRADES, POINTS, read_template, taught, wording
+from spa_lite.keys import grade_key
+from spa_lite.lesson import skills
+from spa_lite.opinion import Judge, tallied
+from spa_lite.recipe import Recipe, build
 from spa_lite.records import Completion, Message, Sample
 from tests import tiny
 
@@ -51,6 +56,7 @@ class Scripted:
     def __init__(self, likes: Callable[[str], Any] = lambda text: None, says: Callable[[str], str] = str) -> None:
         self.likes, self.says = likes, says
         self.asked: list[str] = []
+        self.drawn: list[list[bytes]] = []
         self.written: list[str] = []
 
     def replies(
@@ -60,6 +66,19 @@ class Scripted:
         for _ in conversations:
             tick()
         return [self.says(c[-1].content) for c in conversations]
+
+    def draws(
+        self,
+        conversations: Sequence[Conversation],
+        keys: Sequence[Sequence[bytes]],
+        temp: float,
+        max_tokens: int,
+        tick: Callable[[], None] = lambda: None,
+    ) -> list[list[str]]:
+        for _ in conversations:
+            tick()
+        self.drawn = [list(some) for some in keys]
+        return [[self.says(f"{c[-1].content}|{k}") for k in range(len(keys[0]))] for c in conversations]
 
     def preferences(
         self, conversations: Sequence[Conversation], options: Sequence[str], tick: Callable[[], None] = lambda: None
@@ -132,6 +151,23 @@ def test_replies_are_greedy_and_depend_on_nothing_else() -> None:
     best = int(backend.logits(POLICY)[ord("a")].argmax())
     assert alone[0].encode()[:1] == (bytes([best]) if best < 256 else b"")
     assert all(model.replies([turn(text)], 2)[0] == whole[:2] for text, whole in zip("abc", alone, strict=True))
+
+
+def test_drawn_replies_depend_on_their_keys_alone() -> None:
+    """Not on what else is asked, how many together, or how many tries; at temperature 0 on nothing."""
+    backend = toy()
+    model = LocalModel(backend, POLICY, "toy")
+    talks, keys = [turn(text) for text in "abc"], [[grade_key(0, 1, text, 0, k) for k in range(3)] for text in "abc"]
+    found = model.draws(talks, keys, 1.0, 9)
+    assert len({text for some in found for text in some}) > 3
+    assert model.draws(talks[1:2], [keys[1][:2]], 1.0, 9) == [found[1][:2]]
+    backend.batching = Batching(sample=1)
+    assert model.draws(talks, keys, 1.0, 9) == found
+    assert model.draws(talks, keys, 0.0, 9) == [[text] * 3 for text in model.replies(talks, 9)]
+    backend.context = 6
+    ticks: list[int] = []
+    assert model.draws([turn("x" * 30)], keys[:1], 1.0, 9, lambda: ticks.append(1)) == [["", "", ""]]
+    assert (model.too_long, len(ticks)) == (1, 1)
 
 
 def test_what_does_not_fit_is_counted() -> None:
@@ -227,6 +263,36 @@ def test_every_pair_is_asked_in_both_orders() -> None:
     assert (len(ticks), asked.written) == (3, [])
 
 
+def test_one_order_asks_every_pair_once() -> None:
+    asked = Scripted(by_length)
+    judge = PairJudge(asked, PAIR, "self-pair", swap=False)
+    first, second = judge([sample("a", "bbb"), sample("a", "bb", "ccc", question="r")])
+    assert asked.asked == ["q|a|bbb", "r|a|bb", "r|a|ccc", "r|bb|ccc"]
+    assert first.scores == pytest.approx((0.25, 0.75))
+    assert (first.p(0, 1), first.p(1, 0)) == pytest.approx((0.25, 0.75))
+    assert second.scores == pytest.approx(((1 / 3 + 1 / 4) / 2, (2 / 3 + 2 / 5) / 2, (3 / 4 + 3 / 5) / 2))
+    both = PairJudge(asked, PAIR, "self-pair")
+    assert judge.key != both.key
+    assert judge.name == f"{both.name}, one order"
+
+
+def test_one_order_is_ruled_by_the_first_place() -> None:
+    """What both orders cancel stays."""
+    likes_first = Scripted(lambda text: (-0.1, -3.0))
+    assert PairJudge(likes_first, PAIR, "self-pair", swap=False)([sample("bad", "good")])[0].scores[0] > 0.9
+
+
+def test_orders_that_disagree_are_counted() -> None:
+    says = {"q|a|b": (-0.1, -3.0), "q|b|a": (-0.1, -3.0), "q|a|c": (-3.0, -0.1), "q|c|a": (-0.1, -3.0)}
+    asked = Scripted(lambda text: says.get(text), lambda text: "B" if text.startswith("s|y") else "Both.")
+    pile = [sample("a", "b"), sample("a", "c"), sample("x", "y", question="s")]
+    opinions = PairJudge(asked, PAIR, "self-pair")(pile)
+    assert [opinion.agreeing for opinion in opinions] == [(False,), (True,), ()], "of the last one order is not read"
+    assert tallied(opinions) == {"unread": 1, "both_orders": 2, "disagree": 1, "disagree_share": 0.5}
+    assert tallied(PairJudge(asked, PAIR, "self-pair", swap=False)(pile)) == {"unread": 1}
+    assert tallied([]) == {"unread": 0}
+
+
 def test_a_judge_that_likes_the_first_place_knows_nothing() -> None:
     opinion = PairJudge(Scripted(lambda text: (-0.1, -3.0)), PAIR, "self-pair")([sample("good", "bad")])[0]
     ab, ba = (v.p or 0.0 for v in opinion.verdicts)
@@ -302,6 +368,61 @@ def test_a_local_model_grades() -> None:
     assert opinion.scores[0] == pytest.approx(float(np.dot(np.arange(1, 11), masses) / np.sum(masses)))
 
 
+def test_points_are_the_mean_of_the_tries() -> None:
+    """What cannot be read is counted and left out; an answer with nothing readable says nothing."""
+    says = {
+        "a": ["Score: 4", "1. Yes.\nScore: 5", "none"],
+        "b": ["Score: 0"] * 3,
+        "c": ["?"] * 3,
+        "d": ["Score: 9"] * 3,
+    }
+    asked = Scripted(says=lambda text: says[text.split("|")[1]][int(text[-1])])
+    ticks = list[int]()
+    judge = RubricJudge(asked, SCORE, "self-rubric", tries=3, seed=7, round_=2)
+    first, second = judge([sample("a", "b", "c"), sample("d")], lambda: ticks.append(1))
+    assert first.scores == (4.5, 0.0, 2.25)
+    assert (first.unread, first.odds, first.verdicts, first.p(0, 1)) == (4, False, (), None)
+    assert (second.scores, second.unread) == ((2.5,), 3)
+    assert len(ticks) == 2
+    assert asked.drawn[1] == [grade_key(7, 2, "x", 1, k) for k in range(3)]
+    assert len({key for some in asked.drawn[:3] for key in some}) == 9
+    assert judge.name == "self-rubric script, 3 tries"
+
+
+def grading_toy() -> LocalModel:
+    """A model that says one of the digits 0 to 5, each as likely, and ends its turn."""
+    backend = toy()
+    rigged = np.full_like(backend.base, -40.0)
+    digits = [ord(points) for points in POINTS]
+    rigged[:, digits] = 0.0
+    rigged[digits, :] = -40.0
+    rigged[digits, END] = 0.0
+    backend._roles[POLICY] = rigged
+    return LocalModel(backend, POLICY, "toy")
+
+
+def test_drawn_grades_do_not_depend_on_what_is_judged_beside() -> None:
+    judge = RubricJudge(grading_toy(), SCORE, "self-rubric")
+    samples = [msgspec.structs.replace(sample("a", "b"), id=f"{i}") for i in range(20)]
+    together = judge(samples)
+    assert together == judge(samples[:7]) + judge(samples[7:]) == [judge([one])[0] for one in samples]
+    scores = {score for opinion in together for score in opinion.scores}
+    assert len(scores) > 5
+    assert scores <= {points / 3 for points in range(16)}
+    assert sum(opinion.unread for opinion in together) == 0
+
+
+@pytest.mark.parametrize("change", [{"tries": 2}, {"seed": 1}, {"round_": 1}, {"temp": 0.01}])
+def test_everything_that_a_drawn_grade_depends_on(change: dict[str, Any]) -> None:
+    """It changes grades, and the key."""
+    model = grading_toy()
+    model.backend._roles[POLICY][:, ord("5")] = 1.0  # type: ignore[attr-defined]
+    usual, other = (RubricJudge(model, SCORE, "self-rubric", **some) for some in ({}, change))
+    samples = [sample("a", "b", "c", "d")]
+    assert usual(samples) != other(samples)
+    assert usual.key != other.key
+
+
 # The question
 
 
@@ -356,6 +477,43 @@ def test_a_file_takes_the_shipped_templates_place(tmp_path: Path) -> None:
             read_template("pair", name)
 
 
+def test_the_built_in_model_is_asked_what_it_was_taught(tmp_path: Path) -> None:
+    """Unless a question is given, another model is, or a server judges."""
+    pair, score, rubric = taught("pair"), taught("score"), taught("rubric")
+    asked = Scripted(lambda text: (-1.0, -1.0))
+    PairJudge(asked, pair.template, "self-pair")([sample("x", "y", question="Why?")])
+    assert asked.asked[0] == skills.ask_to_choose("Why?", "x", "y")
+    asked = Scripted(lambda text: (-1.0,) * 6)
+    ScoreJudge(asked, score.template, "self-score", score.options)([sample("x", question="Why?")])
+    assert asked.asked == [skills.ask_for_grade("Why?", "x")]
+    assert (rubric, score.options) == (score, ("0", "1", "2", "3", "4", "5"))
+    own = build({"test": {}})[0]
+    (tmp_path / "mine.txt").write_text(PAIR)
+    for change, template in [
+        ({}, pair.template),
+        ({"inputs.model": "other"}, read_template("pair")),
+        ({"judge.prompt": str(tmp_path / "mine.txt")}, PAIR),
+        ({"judge.by": "openai"}, read_template("pair")),
+    ]:
+        assert wording("pair", build({"test": {"judge.by": "self-pair", **change}})[0]).template == template
+    assert wording("rubric", own) == rubric
+    assert len({wording(kind, own).key for kind in ("pair", "score")} | {wording("rubric", replace_model()).key}) == 3
+
+
+def replace_model() -> Recipe:
+    """A recipe with a model of its own."""
+    return build({"test": {"inputs.model": "other"}})[0]
+
+
+def test_the_shipped_questions_fit_and_say_what_counts() -> None:
+    """The four criteria of SAO's question are among ours."""
+    other = replace_model()
+    text = wording("pair", other).template.lower()
+    assert [word for word in ("correct", "to the point", "specific", "complete", "clear") if word not in text] == []
+    assert "Score: " in wording("rubric", other).template
+    assert [wording(kind, other).options for kind in ("pair", "score", "rubric")] == [("A", "B"), GRADES, POINTS]
+
+
 def test_names_and_keys() -> None:
     judges: list[Judge] = [
         PairJudge(Scripted(), PAIR, "self-pair"),
@@ -388,6 +546,11 @@ GRADED = {
     "I would give it a grade of 7.": 7, "The grade is 9.": 9, "Rating: **4**/10": 4, "[1] says so. Grade: 6": 6,
     "<think>[[3]]</think>[[8]]": 8, "Score: 3\nOn reflection:\nScore: 5": 5,
 }  # fmt: skip
+POINTED = {
+    "Score: 4": 4, "1. Relevant: yes, 1 point.\n2. Complete: no.\nScore: 1": 1, "Score: 0": 0, "**Score:** 5": 5,
+    "3/5": 3, "4": 4, "Total score: 2.5": 2.5, "<think>Score: 1</think>Score: 3": 3, "[[2/5]]": 2, "3 out of 5": 3,
+}  # fmt: skip
+POINTLESS = ["", "Score: 6", "8/10", "Score: 4/10", "five", "Score: -1", "Score:", "Score: 0-5", "-1", "Score: 55"]
 UNGRADED = [
     "", "0", "11", "-3", "Grade: 15", "Score: 8/100", "4/5", "95%", "1,000", "3 reasons why", "eight", "<think>8",
     "Score: 8\nScore: 80", "\u0663",
@@ -402,6 +565,8 @@ def test_verdicts_in_words() -> None:
 def test_grades_in_words() -> None:
     assert {reply: grade(reply) for reply in GRADED} == GRADED
     assert [reply for reply in UNGRADED if grade(reply) is not None] == []
+    assert {reply: grade(reply, POINTS) for reply in POINTED} == POINTED
+    assert [reply for reply in POINTLESS if grade(reply, POINTS) is not None] == []
 
 
 PIECES = st.sampled_from(
@@ -432,6 +597,8 @@ def test_any_reply_is_read_or_unread(reply: str) -> None:
     assert verdict(reply) in (None, 0.0, 1.0)
     found = grade(reply)
     assert found is None or 1 <= found <= 10
+    points = grade(reply, POINTS)
+    assert points is None or 0 <= points <= 5
     assert "</think>" not in without_thinking(reply)
 
 

@@ -170,6 +170,32 @@ def test_pair_judges_say_whether_both_orders_agree(here: Path) -> None:
     assert all(line["scores"] == [line["p"], 1 - line["p"]] for line in found)
 
 
+def test_one_order_only(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Other scores, no word about orders that agree, and other unfinished work."""
+    both = judged(job(here / "pairs.jsonl", **{"judge.by": "self-pair"}), here / "both.jsonl")
+    one = judged(job(here / "pairs.jsonl", **{"judge.by": "self-pair", "judge.swap": False}), here / "one.jsonl")
+    assert [line["scores"] for line in one] != [line["scores"] for line in both]
+    assert all("orders_agree" in line for line in both)
+    assert not any("orders_agree" in line for line in one)
+    found, _, err = call(capfd, "judge", "pairs.jsonl", *BARE, "--skip-bad", "--judge", "self-pair", "--no-swap")
+    assert found == 0
+    assert "shown in one order, the answer shown first wins" in err
+
+
+def test_samples_say_where_answers_come_from(here: Path) -> None:
+    """So judges by construction can be asked by hand."""
+    answers = [
+        {"ids": [65], "text": "A", "ended": "eos", "kind": "sample"},
+        {"ids": [66], "text": "B", "ended": "eos", "kind": "gold"},
+    ]
+    turn = {"role": "user", "content": "?"}
+    row = {"id": "s", "messages": [turn], "prompt_ids": [1], "completions": answers}
+    (here / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    order = {"judge.by": "order", "candidates.kinds": ["gold", "sample"]}
+    (line,) = judged(job(here / "samples.jsonl", samples=True, **order), here / "out.jsonl")
+    assert (line["label"], line["score_a"], line["score_b"]) == ("b", -1, 0)
+
+
 @pytest.mark.parametrize("by", ["longest", "random"])
 def test_judges_that_need_no_model_load_none(here: Path, by: str) -> None:
     """And say nothing of tokens or log-ratios, which nobody knows."""
@@ -459,7 +485,14 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"judge.by": "longest"}, {"judge.by": "self-pair"}, {"judge.length_penalty": 2.0}]
+    "settings",
+    [
+        {},
+        {"judge.by": "longest"},
+        {"judge.by": "self-pair"},
+        {"judge.by": "self-rubric"},
+        {"judge.length_penalty": 2.0},
+    ],
 )
 def test_samples_become_what_run_writes(tmp_path: Path, settings: dict[str, Any]) -> None:
     """Byte for byte, whoever judges; and whole judgements of pairs can be read as such."""
@@ -594,6 +627,10 @@ WRONG: list[tuple[list[str], int, str]] = [
     (["pairs.jsonl", "--judge", "random", "--judge-prompt", "p.txt"], 2, "--judge-prompt"),
     (["pairs.jsonl", "--judge", "gold", "--skip-bad"], 2, "no truth"),
     (["pairs.jsonl", "--judge", "longest", "--length-penalty", "0.1"], 2, "length_penalty"),
+    (["pairs.jsonl", "--judge", "label"], 2, "only samples of a run say; choose another --judge"),
+    (["pairs.jsonl", "--judge", "order", "--recipe", "spin"], 2, "only samples of a run say"),
+    (["pairs.jsonl", "--judge", "longest", "--no-swap"], 2, "no use for --no-swap"),
+    (["pairs.jsonl", *TOY, "--judge", "self-rubric", "--judge-adapter", "lesson"], 2, "--judge-adapter"),
     (["pairs.jsonl", "--judge", "oracle"], 2, "choose one of implicit, likelihood"),
     (["pairs.jsonl", *TOY, "--init-model", "toy"], 2, "policy equals its reference"),
     (["pairs.jsonl", "--judge", "longest", "--replies", "kept"], 2, "--judge longest asks none"),

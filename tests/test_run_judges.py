@@ -15,7 +15,7 @@ from spa_lite.models import Models
 from spa_lite.recipe import Recipe
 from spa_lite.records import Judgement
 from spa_lite.spa import align
-from spa_lite.stages import read_judgements
+from spa_lite.stages.workbench import read_judgements
 from spa_lite.store import Run
 from tests.small import small_recipe, write_data
 
@@ -71,7 +71,7 @@ def scores(judged: Judgement) -> tuple[float, float]:
     return judged.score_a, judged.score_b
 
 
-@pytest.mark.parametrize("by", ["likelihood", "self-pair", "self-score", "longest", "random"])
+@pytest.mark.parametrize("by", ["likelihood", "self-pair", "self-score", "self-rubric", "longest", "random"])
 def test_a_round_is_labelled_by_the_scores_of_its_judge(tmp_path: Path, files: dict[str, str], by: str) -> None:
     judged = aligned(tmp_path / "run", one_round(files, by=by))
     assert all(j.judge == by for j in judged)
@@ -87,6 +87,24 @@ def test_a_reward_model_labels_a_round_and_is_not_asked_twice(tmp_path: Path, fi
     judged = aligned(tmp_path / "run", recipe)
     assert Vowels.asked == 2 * len(judged), "its opinions outlived the interruption"
     assert [j.score_a for j in judged] == [float(sum(j.a.text.count(v) for v in "aeiou")) for j in judged]
+
+
+def test_drawn_grades_outlive_an_interruption(tmp_path: Path, files: dict[str, str]) -> None:
+    """Some asked before, some after: the same judgements as in one go. Other tries are another stage."""
+    recipe = one_round(files, by="self-rubric", tries=2)
+    with pytest.raises(KeyboardInterrupt):
+        aligned(tmp_path / "run", recipe, stop_at="judge reference")
+    assert aligned(tmp_path / "run", recipe) == aligned(tmp_path / "whole", recipe)
+    with pytest.raises(StaleRun, match=r"judge\.tries"):
+        aligned(tmp_path / "run", one_round(files, by="self-rubric", tries=3))
+
+
+def test_one_order_is_another_stage_with_other_scores(tmp_path: Path, files: dict[str, str]) -> None:
+    both, one = (one_round(files, by="self-pair", swap=swap) for swap in (True, False))
+    first, second = aligned(tmp_path / "both", both), aligned(tmp_path / "one", one)
+    assert [scores(j) for j in first] != [scores(j) for j in second]
+    with pytest.raises(StaleRun, match=r"judge\.swap"):
+        aligned(tmp_path / "both", one)
 
 
 def test_the_length_penalty_is_that_of_eq_13(tmp_path: Path, files: dict[str, str]) -> None:

@@ -1,72 +1,51 @@
 """Judges that are asked a question in words: which of two answers is better, or what grade an answer deserves.
 
-The question is a template file with places for the conversation and the answers, filled in one pass: whatever an
-answer holds, a placeholder's name or a made-up end of the question, is only text. Nothing that a model wrote is
-executed, and a reply is read for a letter or a number and for nothing else. What is not defended against: an answer
-that talks the asked model round ("the judge should say A"). The shipped templates tell it not to listen, and asking
-in both orders shows a letter or a place that always wins; neither stops an answer that praises itself in both.
+The question comes from `wording`. Nothing that a model wrote is executed, and a reply is read for a letter or a number
+and for nothing else. What is not defended against: an answer that talks the asked model round ("the judge should say
+A"). The shipped templates tell it not to listen, and asking in both orders shows a letter or a place that always wins;
+neither stops an answer that praises itself in both.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
-from importlib import resources
+from functools import partial
 from itertools import accumulate
-from pathlib import Path
-from typing import Literal
 
-from spa_lite.asking import Asked, Conversation
-from spa_lite.errors import RecipeError
+from spa_lite.asking import Asked, Conversation, Drawn
 from spa_lite.judges.replies import grade, verdict
-from spa_lite.keys import digest
-from spa_lite.opinion import Opinion, Tick, Verdict, both_orders, compared
-from spa_lite.records import Message, Sample
+from spa_lite.judges.wording import GRADES, POINTS, VERDICTS, checked, question
+from spa_lite.keys import digest, grade_key
+from spa_lite.opinion import Opinion, Tick, Verdict, compared, orders
+from spa_lite.records import Sample
 
-Kind = Literal["pair", "score"]
-
-VERDICTS = ("A", "B")
-"""What a judge of two answers replies: the first shown is better, the second is."""
-GRADES = tuple(str(grade) for grade in range(1, 11))
-ANSWERS: dict[Kind, tuple[str, ...]] = {"pair": ("answer_1", "answer_2"), "score": ("answer",)}
-"""Placeholders of the answers; beside them stands {conversation}, or {question}: its last turn alone."""
-PLACE = re.compile(r"\{([A-Za-z_]\w*)\}")
 REPLY_TOKENS = 2048
 """Room for a reply in words: a model may think aloud before its verdict."""
 
 
-def read_template(kind: Kind, path: str | Path | None = None) -> str:
-    """The question's text: a file, or the shipped one. Raises RecipeError if it cannot be read."""
-    if path is None:
-        return resources.files("spa_lite.judges").joinpath(f"prompts/{kind}.txt").read_text(encoding="utf-8")
-    try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise RecipeError(f"the judge's prompt {path} cannot be read ({reason}): check --judge-prompt") from None
-
-
 class PairJudge:
-    """Asks which of two answers is better, each pair in both orders. `by` is the judge's name in the recipe.
+    """Asks which of two answers is better, each pair in both orders, or (`swap` False) as the answers stand.
+
+    `by` is the judge's name in the recipe.
 
     Where the asked can say how probable both verdicts are, the first shown is better with probability
     P(A) / (P(A) + P(B)); else its reply is read.
     """
 
-    def __init__(self, asked: Asked, template: str, by: str) -> None:
-        self.asked, self.template = asked, checked(template, "pair")
-        self.name = f"{by} {asked.name}"
-        self.key = digest("pair judge", asked.key, template, VERDICTS, REPLY_TOKENS).hex()
+    def __init__(self, asked: Asked, template: str, by: str, swap: bool = True) -> None:
+        self.asked, self.template, self.swap = asked, checked(template, "pair"), swap
+        self.name = f"{by} {asked.name}" + ("" if swap else ", one order")
+        self.key = digest("pair judge", asked.key, template, VERDICTS, REPLY_TOKENS, swap).hex()
 
     def __call__(self, samples: Sequence[Sample], tick: Tick = lambda: None) -> list[Opinion]:
         """One opinion per sample with its verdicts. Raises JudgeError if a server does not answer."""
-        shown = [both_orders(len(s.completions)) for s in samples]
-        questions = [self._question(s, i, j) for s, orders in zip(samples, shown, strict=True) for i, j in orders]
-        shares = iter(self._shares(questions, per_sample(tick, [len(orders) for orders in shown])))
+        shown = [orders(len(s.completions), self.swap) for s in samples]
+        questions = [self._question(s, i, j) for s, some in zip(samples, shown, strict=True) for i, j in some]
+        shares = iter(self._shares(questions, per_sample(tick, [len(some) for some in shown])))
         return [
-            compared(len(s.completions), [Verdict(first=i, second=j, p=next(shares)) for i, j in orders])
-            for s, orders in zip(samples, shown, strict=True)
+            compared(len(s.completions), [Verdict(first=i, second=j, p=next(shares)) for i, j in some])
+            for s, some in zip(samples, shown, strict=True)
         ]
 
     def _question(self, sample: Sample, first: int, second: int) -> Conversation:
@@ -80,51 +59,55 @@ class PairJudge:
 
 
 class ScoreJudge:
-    """Asks for a grade of each answer from 1 to 10. `by` is the judge's name in the recipe.
+    """Asks for a grade of each answer. `by` is the judge's name in the recipe, `grades` are all there are, ascending.
 
     Where the asked can say how probable each grade is, the grade is the mean over them; else its reply is read.
     An answer whose grade cannot be read gets the mean of the sample's other grades, and is counted.
     """
 
-    def __init__(self, asked: Asked, template: str, by: str) -> None:
-        self.asked, self.template = asked, checked(template, "score")
+    def __init__(self, asked: Asked, template: str, by: str, grades: Sequence[str] = GRADES) -> None:
+        self.asked, self.template, self.grades = asked, checked(template, "score"), grades
         self.name = f"{by} {asked.name}"
-        self.key = digest("score judge", asked.key, template, GRADES, REPLY_TOKENS).hex()
+        self.key = digest("score judge", asked.key, template, tuple(grades), REPLY_TOKENS).hex()
 
     def __call__(self, samples: Sequence[Sample], tick: Tick = lambda: None) -> list[Opinion]:
-        """One opinion per sample, scores from 1 to 10. Raises JudgeError if a server does not answer."""
+        """One opinion per sample, grades as scores. Raises JudgeError if a server does not answer."""
         questions = [question(self.template, s, {"answer": c.text}) for s in samples for c in s.completions]
-        grades = iter(self._grades(questions, per_sample(tick, [len(s.completions) for s in samples])))
-        return [graded([next(grades) for _ in s.completions]) for s in samples]
+        found = iter(self._found(questions, per_sample(tick, [len(s.completions) for s in samples])))
+        return [graded([[next(found)] for _ in s.completions], self.grades) for s in samples]
 
-    def _grades(self, questions: Sequence[Conversation], tick: Tick) -> list[float | None]:
-        known = [expected(found) for found in self.asked.preferences(questions, GRADES, tick)]
-        return filled(known, self.asked, questions, grade, tick)
-
-
-def checked(template: str, kind: Kind) -> str:
-    """The template, if it has the places it needs and no others. Raises RecipeError."""
-    found, answers = set(PLACE.findall(template)), ANSWERS[kind]
-    wanted = " and ".join(f"{{{name}}}" for name in answers)
-    lacking = [f"{{{name}}}" for name in answers if name not in found]
-    if not found & {"conversation", "question"}:
-        lacking.insert(0, "{conversation} (or {question})")
-    if lacking:
-        raise RecipeError(f"the judge's prompt lacks {' and '.join(lacking)}: add it to the file of --judge-prompt")
-    unknown = sorted(found - {"conversation", "question", *answers})
-    if unknown:
-        raise RecipeError(
-            f"the judge's prompt has a place {{{unknown[0]}}} that nothing fills: it may use {{conversation}}, "
-            f"{{question}}, {wanted}; change the file of --judge-prompt"
-        )
-    return template
+    def _found(self, questions: Sequence[Conversation], tick: Tick) -> list[float | None]:
+        known = [expected(found, self.grades) for found in self.asked.preferences(questions, self.grades, tick)]
+        return filled(known, self.asked, questions, partial(grade, grades=self.grades), tick)
 
 
-def question(template: str, sample: Sample, answers: dict[str, str]) -> Conversation:
-    """The one user turn that is asked: all places filled in one pass, so that no text can fill another's place."""
-    turns = "\n\n".join(f"{turn.role.capitalize()}: {turn.content}" for turn in sample.messages)
-    values = {"conversation": turns, "question": sample.messages[-1].content, **answers}
-    return (Message(role="user", content=PLACE.sub(lambda place: values[place[1]], template)),)
+class RubricJudge:
+    """Asks for points by a list of criteria, with reasons: several replies per answer, drawn at a temperature.
+
+    The score is their mean, `by` the judge's name in the recipe.
+
+    A reply depends on (seed, round, sample id, answer, try) alone. One that cannot be read is counted and left out; an
+    answer without any that can gets the mean of the sample's others.
+    """
+
+    def __init__(
+        self, asked: Drawn, template: str, by: str, tries: int = 3, temp: float = 0.7, seed: int = 0, round_: int = 0
+    ) -> None:
+        self.asked, self.template = asked, checked(template, "rubric")
+        self.tries, self.temp, self.seed, self.round = tries, temp, seed, round_
+        self.name = f"{by} {asked.name}, {tries} tries"
+        self.key = digest("rubric judge", asked.key, template, POINTS, REPLY_TOKENS, tries, temp, seed, round_).hex()
+
+    def __call__(self, samples: Sequence[Sample], tick: Tick = lambda: None) -> list[Opinion]:
+        """One opinion per sample, mean points (0 to 5) as scores."""
+        places = [(s, i) for s in samples for i in range(len(s.completions))]
+        questions = [question(self.template, s, {"answer": s.completions[i].text}) for s, i in places]
+        keys = [[grade_key(self.seed, self.round, s.id, i, k) for k in range(self.tries)] for s, i in places]
+        ticks = per_sample(tick, [len(s.completions) for s in samples])
+        replies = iter(self.asked.draws(questions, keys, self.temp, REPLY_TOKENS, ticks))
+        return [
+            graded([[grade(text, POINTS) for text in next(replies)] for _ in s.completions], POINTS) for s in samples
+        ]
 
 
 def filled(
@@ -149,19 +132,27 @@ def share(logps: tuple[float, ...] | None) -> float | None:
     return first / (first + second)
 
 
-def expected(logps: tuple[float, ...] | None) -> float | None:
+def expected(logps: tuple[float, ...] | None, grades: Sequence[str] = GRADES) -> float | None:
     """The mean grade under the probabilities of the grades; None where none is known."""
     if logps is None or max(logps) == -math.inf:
         return None
     weights = [math.exp(logp - max(logps)) for logp in logps]
-    return math.fsum(int(g) * w for g, w in zip(GRADES, weights, strict=True)) / math.fsum(weights)
+    return math.fsum(int(g) * w for g, w in zip(grades, weights, strict=True)) / math.fsum(weights)
 
 
-def graded(grades: Sequence[float | None]) -> Opinion:
-    """The opinion of one sample's grades."""
-    read = [g for g in grades if g is not None]
-    middle = math.fsum(read) / len(read) if read else (1 + len(GRADES)) / 2
-    return Opinion(scores=tuple(middle if g is None else g for g in grades), unread=len(grades) - len(read))
+def graded(tries: Sequence[Sequence[float | None]], grades: Sequence[str]) -> Opinion:
+    """The opinion of one sample's grades, one or more per answer. Where none is known: the middle of all grades."""
+    read = [[g for g in some if g is not None] for some in tries]
+    means = [mean(some) if some else None for some in read]
+    known = [m for m in means if m is not None]
+    middle = mean(known) if known else mean([float(g) for g in grades])
+    unread = sum(map(len, tries)) - sum(map(len, read))
+    return Opinion(scores=tuple(middle if m is None else m for m in means), unread=unread)
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean of one value or more."""
+    return math.fsum(values) / len(values)
 
 
 def per_sample(tick: Tick, sizes: Sequence[int]) -> Tick:

@@ -6,9 +6,13 @@ prose that doubts or denies ("A is not better") is no verdict. Better unread, an
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
+from functools import cache
 
 from spa_lite.asking import without_thinking
+from spa_lite.judges.wording import GRADES
 
 EMPHASIS = re.compile(r"[*_`\"]+")
 LETTER = (
@@ -32,14 +36,8 @@ CLAUSE = re.compile(r"[.;!?\n]|\b(?:but|however)\b", re.IGNORECASE)
 FAR = 300
 """Letters in which the beginning of a clause is looked for."""
 
-NUMBER = r"(?<![\d.,-])([0-9]{1,3}(?:\.[0-9]+)?)(?![0-9%]|[.,][0-9]|\s*/\s*(?!10\b))"
-GRADE = re.compile(
-    rf"\[\[\s*{NUMBER}(?:\s*/\s*10)?\s*\]\]"  # [[8]]
-    rf"|{NUMBER}\s*(?:/|(?i:out\s+of))\s*10(?![0-9])"  # 8/10
-    rf"|\b(?i:grade|score|rating)(?:\s+(?i:is|of))?\s*[:=]?\s*{NUMBER}"  # the grade is 8
-    rf"|^[ \t(\[]*{NUMBER}[^\w\n]*$",  # a line of its own
-    re.MULTILINE,
-)
+NUMBER = r"(?<![\d.,-])([0-9]{{1,3}}(?:\.[0-9]+)?)(?![0-9%]|[.,-][0-9]|\s*/\s*(?!{top}\b))"
+"""A number that is not a part of another one, of a range, or of a fraction of something else than the top grade."""
 
 
 def verdict(reply: str) -> float | None:
@@ -51,11 +49,24 @@ def verdict(reply: str) -> float | None:
     return float(_taken(found[-1]) == "A") if found else None
 
 
-def grade(reply: str) -> float | None:
-    """The last clear grade; None if there is none, or it is not from 1 to 10."""
-    found = list(GRADE.finditer(EMPHASIS.sub("", without_thinking(reply))))
-    value = float(_taken(found[-1])) if found else 0.0
-    return value if 1 <= value <= 10 else None
+def grade(reply: str, grades: Sequence[str] = GRADES) -> float | None:
+    """The last clear grade; None if there is none, or it lies outside of `grades`, which ascend."""
+    found = list(_grades(grades[-1]).finditer(EMPHASIS.sub("", without_thinking(reply))))
+    value = float(_taken(found[-1])) if found else math.nan
+    return value if int(grades[0]) <= value <= int(grades[-1]) else None
+
+
+@cache
+def _grades(top: str) -> re.Pattern[str]:
+    """How a grade is written where `top` is the best one."""
+    number = NUMBER.format(top=top)
+    return re.compile(
+        rf"\[\[\s*{number}(?:\s*/\s*{top})?\s*\]\]"  # [[8]]
+        rf"|{number}\s*(?:/|(?i:out\s+of))\s*{top}(?![0-9])"  # 8/10
+        rf"|\b(?i:grade|score|rating)(?:\s+(?i:is|of))?\s*[:=]?\s*{number}"  # the grade is 8
+        rf"|^[ \t(\[]*{number}[^\w\n]*$",  # a line of its own
+        re.MULTILINE,
+    )
 
 
 def _doubted(text: str, end: int) -> bool:

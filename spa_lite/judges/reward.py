@@ -13,7 +13,7 @@ import numpy as np
 
 from spa_lite.keys import digest
 from spa_lite.objective import preference
-from spa_lite.opinion import Opinion, Tick, Verdict, both_orders, compared
+from spa_lite.opinion import Opinion, Tick, Verdict, compared, orders
 from spa_lite.records import Message, Sample
 
 Question = tuple[Sequence[Message], str, str]
@@ -123,19 +123,19 @@ class PairEncoderJudge:
 
     def __call__(self, samples: Sequence[Sample], tick: Tick = lambda: None) -> list[Opinion]:
         """A verdict per order of each pair of answers."""
-        orders = [both_orders(len(sample.completions)) for sample in samples]
+        shown = [orders(len(sample.completions)) for sample in samples]
         asked: list[Question] = [
             (sample.messages, sample.completions[first].text, sample.completions[second].text)
-            for sample, some in zip(samples, orders, strict=True)
+            for sample, some in zip(samples, shown, strict=True)
             for first, second in some
         ]
-        odds = iter(self.classifier.comparisons(asked, _per_sample(tick, [len(some) for some in orders])))
+        odds = iter(self.classifier.comparisons(asked, _per_sample(tick, [len(some) for some in shown])))
         return [
             compared(
                 len(sample.completions),
                 [Verdict(first=first, second=second, p=_share(next(odds))) for first, second in some],
             )
-            for sample, some in zip(samples, orders, strict=True)
+            for sample, some in zip(samples, shown, strict=True)
         ]
 
 
