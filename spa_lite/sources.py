@@ -35,7 +35,7 @@ PROBE_SECONDS = 8.0
 """How long to look for the hub before saying that it cannot be reached: its own library tries for half a minute."""
 
 _BOM = b"\xef\xbb\xbf"
-_HUB_NAME = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.\[\]:%+-]+))?")
+_HUB_NAME = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<part>[\w.-]+))?(?::(?P<split>[\w.\[\]:%+-]+))?")
 _FIELDS = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -129,7 +129,7 @@ def check(source: Source) -> None:
 
 def _guess(name: str) -> str:
     """The likeliest mend for a missing file."""
-    if _HUB_NAME.fullmatch(HUB + name) and not Path(name).suffix:
+    if name.count("/") == 1 and _HUB_NAME.fullmatch(HUB + name) and not Path(name).suffix:
         return f"check the path, or write {HUB}{name} for a data set of that name on the hub"
     return "check the path"
 
@@ -303,11 +303,12 @@ def _first(error: Exception) -> str:
 # --- the hub ---------------------------------------------------------------------------------------------------
 
 
-def _hub_parts(name: str) -> tuple[str, str | None]:
+def _hub_parts(name: str) -> tuple[tuple[str, ...], str | None]:
+    """((owner/name and, if it is named, the configuration), split)."""
     match = _HUB_NAME.fullmatch(name)
     if match is None:
         raise DataError(f"{name}: not the name of a data set; write hub:owner/name or hub:owner/name:split")
-    return match["name"], match["split"]
+    return tuple(part for part in (match["name"], match["part"]) if part), match["split"]
 
 
 def _hub(source: str) -> Iterator[Entry]:
@@ -321,7 +322,7 @@ def _hub(source: str) -> Iterator[Entry]:
 
     with _quiet(datasets):
         try:
-            rows = datasets.load_dataset(name, split=split or _only_split(name, datasets))
+            rows = datasets.load_dataset(*name, split=split or _only_split(name, datasets))
         except DataError:
             raise
         except Exception as error:
@@ -331,12 +332,12 @@ def _hub(source: str) -> Iterator[Entry]:
         yield Entry(Place(source, record=number), dict(row))
 
 
-def _only_split(name: str, datasets: Any) -> str:
+def _only_split(name: tuple[str, ...], datasets: Any) -> str:
     """The split to read when none is named: `train`, or the only one there is."""
-    splits = list(datasets.get_dataset_split_names(name))
+    splits, whole = list(datasets.get_dataset_split_names(*name)), "/".join(name)
     if "train" in splits or len(splits) == 1:
         return "train" if "train" in splits else str(splits[0])
-    raise DataError(f"hub:{name}: it has the splits {', '.join(splits)}; say which one, as in hub:{name}:{splits[0]}")
+    raise DataError(f"hub:{whole}: it has the splits {', '.join(splits)}; say which one, as in hub:{whole}:{splits[0]}")
 
 
 def reachable() -> bool:

@@ -11,5 +11,25 @@ from pathlib import Path
 from .world import FAMILIES, WEIGHTS, Task, gold, gold_score, pair, tasks, write
 
 MODEL_DIR = Path(__file__).parent / "model"
+SEED_ADAPTER = Path(__file__).parent / "seed_adapter"
+"""The adapter that the seed stage of the lesson gives (100 pairs, seed 0): a policy to start from."""
 
-__all__ = ["FAMILIES", "MODEL_DIR", "WEIGHTS", "Task", "gold", "gold_score", "pair", "tasks", "write"]
+
+def adapter_folder(name: str | None) -> Path | None:
+    """The folder of an adapter as settings name it: a path, or `lesson` for the one that comes with the lesson."""
+    return SEED_ADAPTER if name == "lesson" else Path(name) if name else None
+
+
+__all__ = [
+    "FAMILIES",
+    "MODEL_DIR",
+    "SEED_ADAPTER",
+    "WEIGHTS",
+    "Task",
+    "adapter_folder",
+    "gold",
+    "gold_score",
+    "pair",
+    "tasks",
+    "write",
+]

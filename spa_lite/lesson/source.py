@@ -6,8 +6,8 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from spa_lite.lesson.world import Task, gold, gold_score, pair, tasks
-from spa_lite.records import Message, Pair, Prompt
+from spa_lite.lesson.world import Task, by_text, gold, gold_score, pair, tasks, write
+from spa_lite.records import Demonstration, Message, Pair, Prompt
 
 Split = Literal["tune", "heldout"]
 
@@ -30,10 +30,25 @@ def prompts(split: Literal["rounds", "tune", "heldout"], count: int, seed: int) 
     return [to_prompt(task, split, i) for i, task in enumerate(tasks(split, count, seed))]
 
 
+def recognised(text: str) -> dict[str, Any] | None:
+    """What `rule` needs to know of a prompt that is a task of this world to the letter; None of any other."""
+    task = by_text().get(text)
+    return None if task is None else _extra(task)
+
+
 def pairs(split: Literal["seed", "tune", "heldout"], count: int, seed: int) -> list[Pair]:
     """Answers of two writers per task, the one with the higher gold score preferred."""
     rng = random.Random(f"pairs {split} {seed}")
     return [_labelled(task, pair(task, rng), f"{split}-pair-{i}") for i, task in enumerate(tasks(split, count, seed))]
+
+
+def demonstrations(count: int, seed: int) -> list[Demonstration]:
+    """Answers of careful writers to the tasks of the seed split."""
+    rng = random.Random(f"demonstrations {seed}")
+    return [
+        Demonstration(id=f"seed-{i}", messages=_messages(task), answer=write(task, rng, care=1.0), extra=_extra(task))
+        for i, task in enumerate(tasks("seed", count, seed))
+    ]
 
 
 def _labelled(task: Task, answers: Sequence[str], identifier: str) -> Pair:
