@@ -10,6 +10,8 @@ A source is a path (.jsonl, .jsonl.gz, .json, .parquet, .csv), `-` for JSON line
 
     {"prompt": "Name a river.", "id": "p1"}                       a prompt; `messages` works too
     {"prompt": "Name a river.", "chosen": "Rhine", "rejected": "Alps"}   a pair
+    {"prompt": "Name a river.", "completion": "Rhine"}    a demonstration: one good answer
+    {"prompt": "Name a river.", "completion": "Alps", "label": false}    one answer, and whether it is a good one
     {"prompt": "Name a river.", "a": "Rhine", "b": "Alps", "label": "a"} two answers to judge
     {"prompt": "Name a river.", "responses": ["Rhine", "Alps", "Po"], "best": 0}   any number of them
 """
@@ -26,15 +28,18 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from spa_lite import keys, sources
+from spa_lite import forms, keys, sources
 from spa_lite.errors import DataError, RecipeError
-from spa_lite.records import Message, Pair, Prompt, Record
+from spa_lite.records import Demonstration, Message, Pair, Prompt, Rated, Record
 from spa_lite.sources import BadRecord, Fields, Source
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)
+Answered = TypeVar("Answered", Pair, Demonstration)
 
 ROLES = ("system", "user", "assistant")
+ANSWERS = ("completion", "answer", "response", "output")
+"""Fields of a demonstration that may hold its answer."""
 SHOWN = 5
 """How many messages about bad records a report keeps."""
 
@@ -215,6 +220,30 @@ def read_pairs(source: Source, *, skip_bad: bool = False) -> tuple[list[Pair], R
     return _all(iter_pairs(source, skip_bad=skip_bad))
 
 
+def iter_demonstrations(source: Source, *, skip_bad: bool = False) -> Reading[Demonstration]:
+    """Prompts with one good answer each, one at a time; a repeat of prompt and answer is dropped and counted.
+
+    The answer is `completion` (or `answer`, `response`, `output`), the assistant turn that ends the conversation, or
+    what a labelled pair chose. Raises DataError for a source that cannot be read and for the first bad record unless
+    `skip_bad`.
+    """
+    return Reading(source, parse_demonstration, skip_bad)
+
+
+def read_demonstrations(source: Source, *, skip_bad: bool = False) -> tuple[list[Demonstration], ReadReport]:
+    """All demonstrations of a source in one list, and what was passed over. Raises as `iter_demonstrations` does."""
+    return _all(iter_demonstrations(source, skip_bad=skip_bad))
+
+
+def read_rated(source: Source, *, skip_bad: bool = False) -> tuple[list[Rated], ReadReport]:
+    """Prompts with one answer each, as demonstrations are written, and a `label`: true if it is a good one (TRL's
+    unpaired preferences). A repeat of all three is dropped and counted.
+
+    Raises DataError for a source that cannot be read and for the first bad record unless `skip_bad`.
+    """
+    return _all(Reading(source, parse_rated, skip_bad))
+
+
 def iter_candidates(source: Source, *, skip_bad: bool = False) -> Reading[Candidates]:
     """Answers to judge: `a` and `b` with an optional `label`; a labelled pair (the first is chosen, and gold); or
     `responses`, two or more, with an optional `label` or `best` (an index) or `ranking` (indices, best first).
@@ -262,6 +291,60 @@ def parse_pair(fields: Fields, is_free: IsFree, number: int) -> Parsed[Pair]:
     extra = _extra(fields, ("id", "prompt", "messages", "chosen", "rejected"))
     pair = Pair(id=given or _short(key), messages=messages, chosen=chosen, rejected=rejected, extra=extra)
     return Parsed(pair, key, given)
+
+
+def parse_demonstration(fields: Fields, is_free: IsFree, number: int) -> Parsed[Demonstration]:
+    """A record with one good answer, in any of its forms. Raises BadRecord."""
+    fields, _ = forms.ours(fields)
+    if fields.get("chosen") is not None:
+        messages, answer, _ = _two_answers(fields, "chosen", "rejected")
+    else:
+        messages, answer = _conversation(fields), _demonstrated(fields)
+    key = keys.digest("demonstration", conversation_key(messages), answer)
+    given = _given_id(fields, is_free)
+    extra = _extra(fields, ("id", "prompt", "messages", "chosen", "rejected", *ANSWERS))
+    return Parsed(Demonstration(id=given or _short(key), messages=messages, answer=answer, extra=extra), key, given)
+
+
+def parse_rated(fields: Fields, is_free: IsFree, number: int) -> Parsed[Rated]:
+    """A record with one answer and what it is worth. Raises BadRecord."""
+    label = fields.get("label")
+    if label is None:
+        raise BadRecord("missing", "`label` is missing; write true (a good answer) or false in every record")
+    if not isinstance(label, bool):
+        raise BadRecord("type", f"`label` is {_kind(label)}; write true (a good answer) or false")
+    found = parse_demonstration({name: value for name, value in fields.items() if name != "label"}, is_free, number)
+    key, one = keys.digest("rated", found.key, str(label)), found.record
+    name = found.id or _short(key)
+    return Parsed(
+        Rated(id=name, messages=one.messages, answer=one.answer, desirable=label, extra=one.extra), key, found.id
+    )
+
+
+def _demonstrated(fields: Fields) -> str:
+    """The one answer of a demonstration that is no pair."""
+    said = {name: fields[name] for name in ANSWERS if fields.get(name) is not None}
+    turns = fields.get("messages")
+    if isinstance(turns, list) and isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant":
+        said["messages"] = turns[-1].get("content")  # beside `prompt`, as UltraChat has it
+    if not said:
+        raise BadRecord("missing", "there is no answer; add `completion`, or end `messages` with an assistant turn")
+    texts = {name: _answer_text(value, f"`{name}`") for name, value in said.items()}
+    if len(set(texts.values())) > 1:
+        raise BadRecord(
+            "prompt", f"{' and '.join(f'`{name}`' for name in said)} are different answers; keep one of them"
+        )
+    return next(iter(texts.values()))
+
+
+def _answer_text(value: object, name: str) -> str:
+    """An answer that is a text, or, as TRL writes it, a list of one assistant turn."""
+    if not isinstance(value, list):
+        return _text(value, name)
+    turns = _turns(value, name)
+    if len(turns) > 1:
+        raise BadRecord("turn", f"{name} holds {len(turns)} turns; put all but the last into `prompt`")
+    return _answer(turns, name)
 
 
 def parse_candidates(fields: Fields, is_free: IsFree, number: int) -> Parsed[Candidates]:
@@ -555,21 +638,26 @@ def split_rounds(prompts: Sequence[Prompt], rounds: int, sizes: Sequence[int] | 
     if rounds < 1 or (sizes is not None and (len(sizes) != rounds or min(sizes) < 1)):
         raise RecipeError(f"{rounds} rounds with the sizes {sizes}; give one size of at least 1 for each round")
     unique = list({conversation_key(prompt.messages): prompt for prompt in reversed(prompts)}.values())[::-1]
+    return [[unique[i] for i in share] for share in shares(len(unique), rounds, sizes, seed, "different prompts")]
+
+
+def shares(count: int, rounds: int, sizes: Sequence[int] | None, seed: int, what: str) -> list[list[int]]:
+    """Disjoint shares of `count` things, shuffled: indices for each round. Raises DataError if there are too few."""
     if sizes is None:
-        share, over = divmod(len(unique), rounds)
+        share, over = divmod(count, rounds)
         sizes = [share + (index < over) for index in range(rounds)]
     wanted = max(sum(sizes), rounds)
-    if wanted > len(unique):
+    if wanted > count:
         raise DataError(
-            f"{rounds} rounds ask for {wanted} different prompts and there are {len(unique)}; "
-            "add prompts, or ask for fewer rounds or smaller ones"
+            f"{rounds} rounds ask for {wanted} {what} and there are {count}; add some, or ask for fewer rounds or "
+            "smaller ones"
         )
-    order = iter(keys.shuffled(len(unique), "rounds", seed))
-    return [[unique[next(order)] for _ in range(size)] for size in sizes]
+    order = iter(keys.shuffled(count, "rounds", seed).tolist())
+    return [[next(order) for _ in range(size)] for size in sizes]
 
 
-def hold_out(pairs: Sequence[Pair], fraction: float = 0.1, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
-    """(train, held out), with all pairs of a prompt on one side and the given order kept.
+def hold_out(pairs: Sequence[Answered], fraction: float = 0.1, seed: int = 0) -> tuple[list[Answered], list[Answered]]:
+    """(train, held out) of pairs or demonstrations, with all of a prompt on one side and the given order kept.
 
     Holds out that share of the prompts: at least one and never all, if there are two; none if `fraction` is 0.
     Raises RecipeError if `fraction` is not in [0, 1).

@@ -15,6 +15,10 @@ Ended = Literal["eos", "cap", "stop", "human"]
 """How an answer ended: the model stopped, the length cap cut it, a stop string did, or a person wrote it."""
 
 
+Kind = Literal["sample", "greedy", "gold", "chosen", "rejected", "init", "improve"]
+"""Where an answer comes from: `candidates.kinds`, where `pair` stands for the chosen and the rejected answer."""
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """Base of all records."""
 
@@ -49,8 +53,27 @@ class Pair(Record, frozen=True, kw_only=True):
         return Prompt(id=self.id, messages=self.messages, extra=self.extra)
 
 
+class Demonstration(Record, frozen=True, kw_only=True):
+    """A prompt with one good answer, to imitate."""
+
+    id: str
+    messages: tuple[Message, ...]
+    answer: str
+    extra: dict[str, Any] = {}
+
+
+class Rated(Record, frozen=True, kw_only=True):
+    """A prompt with one answer that is desirable or not."""
+
+    id: str
+    messages: tuple[Message, ...]
+    answer: str
+    desirable: bool
+    extra: dict[str, Any] = {}
+
+
 class Completion(Record, frozen=True, kw_only=True):
-    """One sampled answer.
+    """One answer.
 
     `logprobs` are per token, in nats, at temperature 1 whatever the sampling temperature was. The
     end-of-turn token is part of `ids` exactly when `ended` is "eos".
@@ -60,6 +83,7 @@ class Completion(Record, frozen=True, kw_only=True):
     text: str
     ended: Ended
     logprobs: tuple[float, ...] = ()
+    kind: Kind = "sample"
 
 
 class Sample(Record, frozen=True, kw_only=True):
@@ -108,7 +132,9 @@ class Judgement(Record, frozen=True, kw_only=True):
     `margin` is beta * (logratio_a - logratio_b), `p` its sigmoid: the probability that a is better
     (Eq. 7). `label` is "a" or "b". Judges other than implicit label by numbers of their own, `score_a`
     and `score_b` (higher is better; None in files of older versions); margin and p still report the
-    log-ratios.
+    log-ratios. `confidence` is the judge's probability that the chosen answer is the better one, None from a judge
+    that gives none; `gap` how far apart the scores are that `pairing.min_gap` looks at; `third` are the ids of the
+    policy's own greedy answer, for a loss that is optimistic about it.
     """
 
     id: str
@@ -127,6 +153,9 @@ class Judgement(Record, frozen=True, kw_only=True):
     judge: str = "implicit"
     score_a: float | None = None
     score_b: float | None = None
+    confidence: float | None = None
+    gap: float | None = None
+    third: Ids = ()
     extra: dict[str, Any] = {}
 
     @property
@@ -141,5 +170,6 @@ class Judgement(Record, frozen=True, kw_only=True):
 
     @property
     def row(self) -> Row:
-        """The training row: chosen first."""
-        return Row(prompt=self.prompt_ids, responses=(self.chosen.ids, self.rejected.ids))
+        """The training row: chosen first, then rejected, then the third if there is one."""
+        third = (self.third,) if self.third else ()
+        return Row(prompt=self.prompt_ids, responses=(self.chosen.ids, self.rejected.ids, *third))

@@ -58,17 +58,18 @@ class Stage:
     @property
     def title(self) -> str:
         """Name for people: `rounds/1 train`."""
-        return f"{self.folder} {self.kind}"
+        return self.kind if self.folder == "." else f"{self.folder} {self.kind}"
 
 
 class Run:
-    """A run folder. `library` is where finished stages of other runs may be found.
+    """A run folder. `library` is where finished stages of other runs may be found. Without `head` it is not marked as
+    a run of the method: a folder for a stage of its own.
 
     Raises RunError if the folder cannot be made or written, or belongs to another version of the program.
     """
 
-    def __init__(self, folder: Path, library: Library | None = None) -> None:
-        self.folder, self.library = folder, library
+    def __init__(self, folder: Path, library: Library | None = None, head: bool = True) -> None:
+        self.folder, self.library, self.head = folder, library, head
         self.computed: list[str] = []
         self.reused: list[str] = []
         self.borrowed: dict[str, Path] = {}  # title of a stage -> the run it was taken from
@@ -88,7 +89,8 @@ class Run:
             probe.touch()
             probe.unlink(missing_ok=True)  # here and below another process may be doing the same
             check_format(self.folder)
-            self._say_format(self.folder / HEAD)
+            if self.head:
+                self._say_format(self.folder / HEAD)
         except OSError as error:
             raise RunError(
                 f"cannot write to {self.folder}: {error.strerror}; choose another folder with --out"
