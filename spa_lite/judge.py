@@ -21,7 +21,7 @@ from spa_lite.fit import halving
 from spa_lite.journal import Marked
 from spa_lite.opinion import Judge, Opinion
 from spa_lite.recipe import Recipe
-from spa_lite.records import Judgement, Row, Sample, Score, Side
+from spa_lite.records import Ids, Judgement, Row, Sample, Score, Side
 
 T = TypeVar("T")
 Sums = tuple[float, ...]
@@ -108,11 +108,16 @@ def rows_of(samples: Sequence[Sample]) -> list[Row]:
 
 
 def decide(
-    sample: Sample, policy: Sequence[float], reference: Sequence[float], opinion: Opinion, recipe: Recipe
+    sample: Sample,
+    policy: Sequence[float],
+    reference: Sequence[float],
+    opinion: Opinion,
+    recipe: Recipe,
+    gaps: Opinion | None = None,
 ) -> Judgement:
     """One sample as the judge's opinion has it, beside the sums (nats) of its answers under policy and reference.
 
-    Of more than two answers the best and the worst become the pair.
+    Of more than two answers the best and the worst become the pair. `gaps` is the opinion of `pairing.gap_judge`.
     """
     rewards = np.array(policy) - np.array(reference)
     best, worst = best_and_worst(opinion.scores, recipe.judge.tie)
@@ -139,8 +144,16 @@ def decide(
         judge=recipe.judge.by,
         score_a=opinion.scores[a],
         score_b=opinion.scores[b],
+        confidence=opinion.p(best, worst),
+        gap=(gaps or opinion).scores[best] - (gaps or opinion).scores[worst],
+        third=third(sample) if recipe.loss.optimism else (),
         extra=sample.extra,
     )
+
+
+def third(sample: Sample) -> Ids:
+    """The policy's own answer: the greedy one, as SELM's code takes it, or a sample, as its paper has it."""
+    return next(c.ids for kind in ("greedy", "sample") for c in sample.completions if c.kind == kind)
 
 
 def best_and_worst(scores: Sequence[float], tie: str) -> tuple[int, int]:
@@ -156,10 +169,13 @@ def ranked(scores: Sequence[float], tie: str) -> list[int]:
 
 
 def counts(judgements: Sequence[Judgement]) -> dict[str, float]:
-    """What a pile of judgements looks like: sizes, ties, lengths, how often the longer answer won."""
+    """What a pile of judgements looks like: sizes, ties, lengths, how often the longer answer won, and how often the
+    one of the higher implicit reward (of the `rewarded` pairs, whose rewards differ)."""
     different = [j for j in judgements if j.tokens_a != j.tokens_b]
     longer = sum((j.tokens_a > j.tokens_b) == (j.label == "a") for j in different)
     lengths = [n for j in judgements for n in (j.tokens_a, j.tokens_b)]
+    rewarded = [j for j in judgements if j.margin]
+    agrees = sum((j.margin > 0) == (j.label == "a") for j in rewarded)
     return {
         "pairs": len(judgements),
         "identical": sum(identical(j) for j in judgements),
@@ -168,6 +184,8 @@ def counts(judgements: Sequence[Judgement]) -> dict[str, float]:
         "mean_tokens": float(np.mean(lengths)) if lengths else 0.0,
         "longer_wins": longer / len(different) if different else 0.0,
         "unequal_lengths": len(different),
+        "rewarded": len(rewarded),
+        "reward_agrees": agrees / len(rewarded) if rewarded else 0.0,
     }
 
 

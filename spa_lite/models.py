@@ -26,12 +26,14 @@ class Models:
         load_reference: Callable[[], Backend] | None = None,
         load_classifier: Callable[[str, str, bool], Any] | None = None,
         load_sampler: Callable[[], Backend] | None = None,
+        judge_adapter: Path | None = None,
     ) -> None:
         self._load, self._load_reference, self._load_sampler = load, load_reference, load_sampler
         self._backend: Backend | None = None
         self._fingerprint, self._reference_fingerprint = "", ""
         self._made_by: dict[str, Any] = {}
         self.init_adapter, self.policy_adapter, self.load_classifier = init_adapter, policy_adapter, load_classifier
+        self.judge_adapter = judge_adapter
 
     @property
     def backend(self) -> Backend:

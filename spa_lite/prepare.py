@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
-from spa_lite import data, encode, judges, sampler
+import msgspec
+
+from spa_lite import data, encode, guards, judges, prompts, sampler, sft
 from spa_lite.backend import GGUF, Backend, ModelSettings
 from spa_lite.errors import DataError, RecipeError
 from spa_lite.evaluate import GoldRule
 from spa_lite.fit import batching_of
 from spa_lite.judges import LoadClassifier
 from spa_lite.models import Models
+from spa_lite.prompts import Material
 from spa_lite.recipe import SETTINGS, Inputs, Recipe, settings_of
-from spa_lite.records import Ids, Pair, Prompt, Row
-from spa_lite.stages import Data, folder_digest
+from spa_lite.records import Completion, Demonstration, Ids, Pair, Prompt, Row
+from spa_lite.sample import Encoded
+from spa_lite.stages.workbench import Data, folder_digest
 from spa_lite.store import digest
 
 Loader = Callable[[str | None, ModelSettings], Backend]
 """(name of a backend or None for the best one here, how to load) -> a backend with its model."""
+
+
+Answers = tuple[Completion, ...]
+"""What people answered: one good answer, or the chosen and the rejected one."""
+Answered = tuple[Prompt, Ids, Answers]
 
 
 @dataclass
@@ -31,6 +39,8 @@ class Raw:
     prompts: list[Prompt] = field(default_factory=list)
     held_out_pairs: list[Pair] = field(default_factory=list)
     held_out_prompts: list[Prompt] = field(default_factory=list)
+    demonstrations: list[Demonstration] = field(default_factory=list)
+    material: Material | None = None
     gold: GoldRule | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -55,6 +65,8 @@ def model_settings(recipe: Recipe, model: str | None = None) -> ModelSettings:
 def models_of(recipe: Recipe, load: Loader, load_classifier: LoadClassifier | None = None) -> Models:
     """Everything a run may need to load; nothing is loaded yet. The loaders are those of `spa_lite.backends`; the
     second is for `judge.by=reward-model`."""
+    from spa_lite.lesson import adapter_folder
+
     i = recipe.inputs
     check_reference(i)
 
@@ -66,11 +78,12 @@ def models_of(recipe: Recipe, load: Loader, load_classifier: LoadClassifier | No
 
     return Models(
         load=lambda: load(i.backend, model_settings(recipe)),
-        init_adapter=Path(i.init_adapter) if i.init_adapter else None,
-        policy_adapter=Path(i.adapter_path) if i.adapter_path else None,
+        init_adapter=adapter_folder(i.init_adapter),
+        policy_adapter=adapter_folder(i.adapter_path),
         load_reference=reference if i.init_model else None,
         load_classifier=load_classifier,
         load_sampler=drawing if recipe.sampling.by else None,
+        judge_adapter=adapter_folder(recipe.judge.adapter),
     )
 
 
@@ -103,13 +116,16 @@ def data_of(recipe: Recipe, models: Models) -> Data:
 def is_lesson(recipe: Recipe) -> bool:
     """Whether the built-in world supplies the data: no model and no file was named."""
     i = recipe.inputs
-    return not (i.model or i.seed_pairs or i.prompts or i.held_out)
+    return not (i.model or i.seed_pairs or i.prompts or i.held_out or i.gold)
 
 
 def read(recipe: Recipe) -> Raw:
     """Read (or make) a run's records. Raises RecipeError if something needed is not named, DataError on bad data."""
     check_start(recipe)
     raw = lesson(recipe) if is_lesson(recipe) else files(recipe)
+    if guards.is_written(recipe):
+        raw.material = prompts.read(recipe, recipe.inputs.model is None)
+        raw.notes += raw.material.notes
     if recipe.inputs.limit_prompts:
         raw.prompts = raw.prompts[: recipe.inputs.limit_prompts]
     return raw
@@ -120,17 +136,12 @@ def check_start(recipe: Recipe) -> None:
     i = recipe.inputs
     if i.adapter_path and not i.no_seed_pairs:
         raise RecipeError("--adapter-path is pi_0 and needs --no-seed-pairs; use --init-adapter for pi_init")
-    if i.no_seed_pairs and recipe.judge.by == "implicit" and not (i.adapter_path or i.init_model):
-        raise RecipeError(
-            "with --no-seed-pairs the judge's policy would equal its reference; "
-            "give --adapter-path (the policy) or --init-model (the reference)"
-        )
+    guards.check(recipe)
     if recipe.rounds:
         judges.check(recipe)
+        judges.gap_of(recipe)
         sampler.check(recipe)
-        if recipe.sampling.temp == 0 and recipe.judge.identical == "drop":
-            raise RecipeError("sampling.temp=0 draws the same answer every time, so no pair is left; raise --temp")
-    if recipe.judge.by == "gold" and not is_lesson(recipe):
+    if "gold" in {recipe.judge.by, recipe.pairing.gap_judge} and not is_lesson(recipe):
         raise RecipeError("judge.by=gold needs a gold rule, which only the lesson has; use another --judge")
 
 
@@ -141,7 +152,7 @@ def lesson(recipe: Recipe) -> Raw:
     size, seed = recipe.lesson, recipe.seed
     return Raw(
         seed_pairs=[] if recipe.inputs.no_seed_pairs else source.pairs("seed", size.seed_pairs, seed),
-        prompts=source.prompts("rounds", size.prompts, seed),
+        prompts=source.prompts("rounds", size.prompts, seed) if guards.needs_pool(recipe) else [],
         held_out_pairs=source.pairs(size.split, size.held_out, 1),
         held_out_prompts=source.prompts(size.split, size.held_out, 2),
         gold=source.rule,
@@ -151,11 +162,12 @@ def lesson(recipe: Recipe) -> Raw:
 def files(recipe: Recipe) -> Raw:
     """The user's own files. Held-out pairs never share a prompt with anything that is trained on."""
     i = recipe.inputs
-    if not i.seed_pairs and not i.no_seed_pairs:
-        raise RecipeError(
-            "no labelled pairs: give --seed-pairs FILE, or --no-seed-pairs with --adapter-path or --init-model"
-        )
-    if not i.prompts and recipe.rounds:
+    if not i.seed_pairs and (need := guards.needs_pairs(recipe)):
+        mend = ", or --no-seed-pairs with --adapter-path or --init-model" if need.startswith("the seed stage") else ""
+        raise RecipeError(f"no labelled pairs, which {need} needs: give --seed-pairs FILE{mend}")
+    if i.prompts and recipe.rounds and not guards.needs_pool(recipe):
+        raise RecipeError(f"--prompts is for prompts=pool, and prompts={recipe.prompts.source}; leave it out")
+    if not i.prompts and guards.needs_pool(recipe):
         raise RecipeError(
             "no prompts for the rounds: give --prompts FILE, or --rounds 0 to train on the seed pairs alone"
         )
@@ -175,6 +187,8 @@ def files(recipe: Recipe) -> Raw:
     elif raw.seed_pairs:
         raw.seed_pairs, raw.held_out_pairs = data.hold_out(raw.seed_pairs, seed=recipe.seed)
         raw.notes.append(f"held out of the seed pairs for measuring: {len(raw.held_out_pairs)}.")
+    if i.gold and recipe.rounds:
+        raw.demonstrations = demonstrations_of(raw, i.gold, i.skip_bad)
     if i.prompts and recipe.rounds:
         raw.prompts = prompts_of(raw, i.prompts, i.skip_bad)
         raw.prompts, shared = data.without(raw.prompts, raw.held_out_pairs + raw.seed_pairs)
@@ -189,6 +203,17 @@ def _pairs(raw: Raw, source: str, skip_bad: bool) -> list[Pair]:
     return pairs
 
 
+def demonstrations_of(raw: Raw, source: str, skip_bad: bool) -> list[Demonstration]:
+    """Prompts with a good answer each, but for those that are held out; what was skipped is noted."""
+    found, report = data.read_demonstrations(source, skip_bad=skip_bad)
+    raw.notes += report.lines()
+    held = {data.conversation_key(pair.messages) for pair in raw.held_out_pairs}
+    kept = [one for one in found if data.conversation_key(one.messages) not in held]
+    if len(kept) < len(found):
+        raw.notes.append(f"left out of the demonstrations because their prompt is held out: {len(found) - len(kept)}.")
+    return kept
+
+
 def prompts_of(raw: Raw, source: str, skip_bad: bool) -> list[Prompt]:
     """Prompts of a source; what was skipped is noted."""
     prompts, report = data.read_prompts(source, skip_bad=skip_bad)
@@ -199,9 +224,10 @@ def prompts_of(raw: Raw, source: str, skip_bad: bool) -> list[Prompt]:
 def encode_all(raw: Raw, backend: Backend, recipe: Recipe) -> Data:
     """Records as token ids, the prompts split over the rounds. What is skipped or cut is counted in `notes`."""
     notes = list(raw.notes)
-    shares = data.split_rounds(raw.prompts, recipe.rounds, recipe.round_sizes, recipe.seed) if recipe.rounds else []
+    pool = guards.needs_pool(recipe)
+    shares = data.split_rounds(raw.prompts, recipe.rounds, recipe.round_sizes, recipe.seed) if pool else []
 
-    def prompts(records: list[Prompt], name: str) -> list[tuple[Prompt, Ids]]:
+    def asked(records: list[Prompt], name: str) -> list[tuple[Prompt, Ids]]:
         found, report = encode.encode_prompts(
             records,
             backend.tokenizer,
@@ -223,14 +249,70 @@ def encode_all(raw: Raw, backend: Backend, recipe: Recipe) -> Data:
         )
         return _told(notes, name, found, len(records), report)
 
+    labelled = pairs(raw.seed_pairs, "seed pairs")
+    rounds = [asked(share, f"prompts of round {i}") for i, share in enumerate(shares, start=1)]
+    answers: dict[str, Answers] = {}
+    if recipe.rounds and recipe.prompts.source in {"gold", "pairs"}:
+        known = [answered(pair, row) for pair, row in labelled]
+        if recipe.inputs.gold:
+            known = _demonstrated(raw.demonstrations, backend, recipe, notes)
+        rounds, answers = gone_through(known, recipe)
     return Data(
-        seed_pairs=pairs(raw.seed_pairs, "seed pairs"),
-        rounds=[prompts(share, f"prompts of round {i}") for i, share in enumerate(shares, start=1)],
+        seed_pairs=labelled,
+        rounds=rounds,
+        answers=answers,
+        material=raw.material,
         held_out_pairs=pairs(raw.held_out_pairs[: recipe.measure.pairs], "held-out pairs"),
-        held_out_prompts=prompts(raw.held_out_prompts[: recipe.measure.prompts], "held-out prompts"),
+        held_out_prompts=asked(raw.held_out_prompts[: recipe.measure.prompts], "held-out prompts"),
         gold=raw.gold,
         notes=notes,
     )
+
+
+def answered(pair: Pair, row: Row) -> Answered:
+    """A labelled pair as a prompt of a round, with its chosen and its rejected answer."""
+    texts = (pair.chosen, pair.rejected)
+    answers = tuple(Completion(ids=i, text=t, ended="human") for i, t in zip(row.responses, texts, strict=True))
+    return pair.prompt, row.prompt, answers
+
+
+def _demonstrated(found: list[Demonstration], backend: Backend, recipe: Recipe, notes: list[str]) -> list[Answered]:
+    """Demonstrations as prompts of a round, each with its good answer."""
+    rows, report = sft.rows_of(
+        [(one.messages, one.answer) for one in found], backend, recipe, ids=[one.id for one in found]
+    )
+    by_id = {one.id: one for one in found}
+    return [
+        (
+            Prompt(id=row.id, messages=by_id[row.id].messages, extra=by_id[row.id].extra),
+            row.row.prompt,
+            (Completion(ids=row.row.responses[0], text=by_id[row.id].answer, ended="human"),),
+        )
+        for row in _told(notes, "demonstrations", rows, len(found), report)
+    ]
+
+
+def gone_through(known: list[Answered], recipe: Recipe) -> tuple[list[list[Encoded]], dict[str, Answers]]:
+    """The prompts of each round, and the human answers by their ids.
+
+    Labelled pairs are shared out over the rounds, good answers are there in every one. Where a round asks for more than
+    there are, they come again under another id.
+    """
+    r = recipe
+    every = [list(range(len(known)))] * r.rounds
+    if r.prompts.source == "pairs":
+        every = data.shares(len(known), r.rounds, None if r.prompts.count else r.round_sizes, r.seed, "labelled pairs")
+    rounds, answers = [], {}
+    for i, share in enumerate(every):
+        count = r.prompts.count or (r.round_sizes[i] if r.round_sizes else len(share))
+        chosen = []
+        for k in range(count):
+            prompt, ids, human = known[share[k % len(share)]]
+            again = f"{prompt.id}#{k // len(share) + 1}" if k >= len(share) else prompt.id
+            chosen.append((msgspec.structs.replace(prompt, id=again), ids))
+            answers[again] = human
+        rounds.append(chosen)
+    return rounds, answers
 
 
 def what_matters(recipe: Recipe) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -29,7 +30,20 @@ Nonnegative = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
 
-ALL_STAGES = ("seed", "sample", "judge", "train", "measure")
+ALL_STAGES = ("seed", "prompts", "sample", "judge", "train", "measure")
+
+AXES = {
+    "prompts": "prompts.source",
+    "candidates": "candidates.kinds",
+    "judge": "judge.by",
+    "pairing": "pairing.by",
+    "loss": "loss.kind",
+    "noise": "noise.by",
+    "reference": "train.reference",
+    "start": "carry.start",
+    "carry": "carry.data",
+}
+"""What a method is made of, and the setting that says which piece of it a recipe takes (`spa_lite.axes` tells more)."""
 
 
 def setting(default: Any, help: str, *stages: str, flag: str | None = None) -> Any:
@@ -66,6 +80,11 @@ class Inputs:
     adapter_path: str | None = setting(None, "Adapter that is the policy pi_0.", flag="--adapter-path")
     init_adapter: str | None = setting(None, "Adapter that is pi_init; none: the bare base.", flag="--init-adapter")
     init_model: str | None = setting(None, "Whole other model that is pi_init when judging.", flag="--init-model")
+    gold: str | None = setting(
+        None,
+        "Prompts with one good answer each (SFT data) for prompts=gold; none: what the seed pairs chose.",
+        flag="--gold",
+    )
     skip_bad: bool = setting(False, "Skip and count bad records instead of stopping.", flag="--skip-bad")
     limit_prompts: Count | None = setting(None, "Use only this many prompts (a smoke run).", flag="--limit-prompts")
 
@@ -120,8 +139,14 @@ class Lora:
 
 @dataclass(frozen=True)
 class SeedDpo:
-    """The seed stage: plain DPO on the human pairs, reference pi_init (Eq. 6)."""
+    """The seed stage: plain DPO on the human pairs, reference pi_init (Eq. 6); or SFT on the chosen answers."""
 
+    by: Literal["dpo", "sft", "none"] = setting(
+        "dpo",
+        "What makes pi_0: dpo on the pairs, sft on their chosen answers (settings sft.*), or none (pi_init).",
+        "seed",
+        flag="--seed-stage",
+    )
     epochs: Count = setting(3, "Passes over the seed pairs.", "seed", flag="--seed-epochs")
     batch_size: Count = setting(32, "Pairs per optimizer step.", "seed", flag="--seed-batch-size")
     learning_rate: Positive = setting(
@@ -130,12 +155,89 @@ class SeedDpo:
 
 
 @dataclass(frozen=True)
+class Sft:
+    """Supervised fine-tuning: `spa-lite sft`, an SFT seed stage, the helpers of `keywords` and `improve`."""
+
+    epochs: Count = setting(3, "Passes over the answers.", "seed", flag="--sft-epochs")
+    batch_size: Count = setting(16, "Answers per optimizer step.", "seed", flag="--sft-batch-size")
+    learning_rate: Positive = setting(2e-4, "Peak learning rate.", "seed", flag="--sft-learning-rate")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Axis: where the prompts of a round come from. All but `source` and `count` are for prompts that are written."""
+
+    source: Literal["pool", "gold", "pairs", "persona", "fewshot", "keywords", "bare"] = setting(
+        "pool",
+        "pool (--prompts), gold (with a good answer), pairs (labelled); written by the model: persona, fewshot, "
+        "keywords, bare.",
+        "prompts",
+        flag="--prompt-source",
+    )
+    count: Count | None = setting(
+        None,
+        "Prompts of a round that are written, or gone through (gold, pairs: again and again until there are so many); "
+        "none: 400, or each once.",
+        "prompts",
+        flag="--prompt-count",
+    )
+    by: Literal["policy", "init"] = setting(
+        "policy", "Who writes: the policy, or pi_init.", "prompts", flag="--prompt-writer"
+    )
+    generator: bool = setting(
+        False,
+        "Teach the writer of keywords first, by SFT on the labelled prompts and their keywords (SynPO).",
+        "prompts",
+        flag="--prompt-generator",
+    )
+    personas: str | None = setting(
+        None, "Personas, one a line, or hub:owner/name[:split]; none: the shipped list.", flag="--personas"
+    )
+    keywords: str | None = setting(
+        None, "Keywords, a comma-separated group a line; none: words of the labelled prompts.", flag="--keywords"
+    )
+    examples: Count = setting(4, "Labelled prompts shown as examples (fewshot).", "prompts", flag="--examples")
+    template: str | None = setting(
+        None, "File with the request for a prompt; none: a shipped one.", flag="--prompt-template"
+    )
+    temp: Nonnegative = setting(0.6, "Temperature.", "prompts", flag="--prompt-temp")
+    top_p: Annotated[float, Meta(gt=0, le=1)] = setting(1.0, "Nucleus mass.", "prompts", flag="--prompt-top-p")
+    max_tokens: Count = setting(128, "Longest prompt written.", "prompts", flag="--prompt-max-tokens")
+    similarity: Fraction = setting(
+        0.7,
+        "A prompt this similar (ROUGE-L) to an earlier one is dropped; 1: the same words only.",
+        "prompts",
+        flag="--similarity",
+    )
+    control: Natural = setting(
+        100,
+        "Prompts also written without personas, to show what personas change in how often they repeat.",
+        "prompts",
+        flag="--prompt-control",
+    )
+
+
+Candidate = Literal["sample", "greedy", "gold", "pair", "init", "improve"]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Axis: which answers to a prompt are judged. With judge=order the first named is the best."""
+
+    kinds: list[Candidate] = setting(
+        ["sample"],
+        "sample (n of them), greedy, gold, pair (both labelled answers), init (a sample of pi_init), improve (the "
+        "policy's answer, improved).",
+        "sample",
+        flag="--candidates",
+    )
+
+
+@dataclass(frozen=True)
 class SamplingSettings:
     """How answers are drawn from pi_{i-1}."""
 
-    n: Annotated[int, Meta(ge=2)] = setting(
-        2, "Answers per prompt; the best and the worst make the pair.", "sample", flag="--n"
-    )
+    n: Count = setting(2, "Answers per prompt; the best and the worst make the pair.", "sample", flag="--n")
     temp: Nonnegative = setting(0.7, "Temperature.", "sample", "measure", flag="--temp")
     top_p: Annotated[float, Meta(gt=0, le=1)] = setting(1.0, "Nucleus mass.", "sample", "measure", flag="--top-p")
     max_tokens: Count = setting(300, "Longest answer.", "sample", "measure", flag="--max-tokens")
@@ -157,11 +259,22 @@ class JudgeSettings:
     """Who labels the pairs."""
 
     by: Literal[
-        "implicit", "likelihood", "self-pair", "self-score", "reward-model", "openai", "random", "longest", "gold"
+        "implicit",
+        "likelihood",
+        "self-pair",
+        "self-score",
+        "self-rubric",
+        "reward-model",
+        "openai",
+        "order",
+        "label",
+        "random",
+        "longest",
+        "gold",
     ] = setting(
         "implicit",
-        "implicit (Eq. 7), likelihood, self-pair, self-score, reward-model, openai; controls: random, longest, "
-        "gold (lesson only).",
+        "implicit (Eq. 7), likelihood, self-pair, self-score, self-rubric, reward-model, openai; by construction: "
+        "order (of the candidates), label (of the pairs); controls: random, longest, gold (lesson only).",
         "judge",
         flag="--judge",
     )
@@ -197,17 +310,112 @@ class JudgeSettings:
     )
     prompt: str | None = setting(
         None,
-        "File with the question put to self-pair, self-score or openai; none: a shipped one.",
+        "File with the question put to self-pair, self-score, self-rubric or openai; none: a shipped one, or the words "
+        "that the built-in model was taught.",
         flag="--judge-prompt",
+    )
+    swap: bool = setting(
+        True, "self-pair and openai: ask in both orders; no: only in the order of the answers.", "judge", flag="--swap"
+    )
+    tries: Count = setting(
+        3, "self-rubric: grades drawn per answer, of which the mean is taken.", "judge", flag="--judge-tries"
+    )
+    temp: Nonnegative = setting(0.7, "self-rubric: temperature of a grade.", "judge", flag="--judge-temp")
+    adapter: str | None = setting(
+        None,
+        "implicit in a run: the adapter that judges in the policy's place; lesson: the one that comes with the lesson. "
+        "Unused by other judges.",
+        flag="--judge-adapter",
+    )
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Axis: which of the judged answers make a training pair."""
+
+    by: Literal["two", "best-worst"] = setting(
+        "best-worst", "two (there must be two), or the best and the worst of any number.", "judge", flag="--pairing"
+    )
+    drop_ties: bool = setting(
+        False, "Leave out pairs whose answers the judge finds equal.", "train", flag="--drop-ties"
+    )
+    min_gap: Nonnegative = setting(0.0, "Leave out pairs whose scores are closer than this.", "train", flag="--min-gap")
+    gap_judge: Literal["implicit", "likelihood", "self-pair", "self-score", "reward-model", "openai", "gold"] | None = (
+        setting(None, "Whose scores min_gap looks at; none: the judge's own.", "judge", flag="--gap-judge")
     )
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """DPO."""
+    """Axis: the loss of a round, and the numbers of each. docs/losses.md has the formulas."""
 
+    kind: Literal["dpo", "ipo", "hinge", "dpo-norm", "dpop", "apo-zero", "kto", "sppo", "simpo", "cpo", "orpo"] = (
+        setting(
+            "dpo",
+            "dpo, ipo, hinge, dpo-norm, dpop, apo-zero, kto, sppo; without a reference: simpo, cpo, orpo.",
+            "train",
+            flag="--loss",
+        )
+    )
     beta: Positive = setting(
-        0.1, "Strength of the pull towards the reference (Eq. 5).", "seed", "judge", "train", flag="--beta"
+        0.1,
+        "Strength of the pull towards the reference (Eq. 5): of the implicit reward, the seed stage, and every loss "
+        "that looks at sums over tokens.",
+        "seed",
+        "judge",
+        "train",
+        flag="--beta",
+    )
+    simpo_beta: Positive = setting(10.0, "simpo: factor on log-probabilities per token.", "train", flag="--simpo-beta")
+    gamma: Nonnegative = setting(
+        3.0, "simpo: target margin, absolute (its repository asks for gamma / beta).", "train", flag="--gamma"
+    )
+    norm_beta: Positive = setting(5.0, "dpo-norm: factor on log-ratios per token.", "train", flag="--norm-beta")
+    tau: Positive = setting(0.1, "ipo: the target is 1 / (2 tau) nats per token.", "train", flag="--tau")
+    sppo_beta: Positive = setting(1e-3, "sppo: the targets are +-1 / (2 beta) nats.", "train", flag="--sppo-beta")
+    orpo_weight: Positive = setting(0.1, "orpo: weight of the odds ratio.", "train", flag="--orpo-weight")
+    dpop_weight: Positive = setting(50.0, "dpop: weight of the penalty.", "train", flag="--dpop-weight")
+    nll: Nonnegative | None = setting(
+        None,
+        "Weight of the chosen answer's negative log-likelihood per token; none: as the loss has it (cpo, orpo: 1, else "
+        "0).",
+        "train",
+        flag="--nll",
+    )
+    optimism: Nonnegative = setting(
+        0.0,
+        "Weight of SELM's optimism: takes likelihood off the policy's own greedy answer.",
+        "judge",
+        "train",
+        flag="--optimism",
+    )
+    round_betas: list[Positive] | None = setting(
+        None,
+        "The loss's beta in each round, the last one from then on; none: the same in all.",
+        "train",
+        flag="--round-betas",
+    )
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Axis: what is done about labels that may be wrong."""
+
+    by: Literal["none", "smooth", "robust", "quantile", "perpair", "weight"] = setting(
+        "quantile",
+        "quantile (SPA's refinement: settings refine.*), smooth or robust (every label wrong with probability "
+        "epsilon), perpair (with the judge's own), weight, or none.",
+        "train",
+        flag="--noise",
+    )
+    epsilon: Annotated[float, Meta(ge=0, lt=0.5)] = setting(
+        0.1, "smooth and robust: how often a label is wrong.", "train", flag="--epsilon"
+    )
+    weight: str = setting(
+        "confidence",
+        "weight: confidence (of the judge: |2p - 1|), or module:function from a round's judgements to weights.",
+        "train",
+        flag="--pair-weight",
     )
 
 
@@ -252,6 +460,19 @@ class Train:
     learning_rate: Positive = setting(
         5e-5, "Peak learning rate (the paper: 5e-7, full weights).", "train", flag="--learning-rate"
     )
+    round_rates: list[Positive] | None = setting(
+        None,
+        "The peak learning rate in each round, the last one from then on; none: learning_rate in all.",
+        "train",
+        flag="--round-learning-rates",
+    )
+    reference: Literal["auto", "prev", "init", "none"] = setting(
+        "auto",
+        "What the loss compares with: prev (the policy that answered), init, none; auto: prev if the loss compares at "
+        "all.",
+        "train",
+        flag="--train-reference",
+    )
     schedule: Literal["cosine", "constant"] = setting(
         "cosine", "After the warm-up.", "seed", "train", flag="--schedule"
     )
@@ -270,6 +491,21 @@ class Train:
     )
     save_every: Natural = setting(50, "Steps between checkpoints; 0: only by the clock.", flag="--save-every")
     save_minutes: Nonnegative = setting(5.0, "Minutes between checkpoints; 0: only by steps.", flag="--save-minutes")
+
+
+@dataclass(frozen=True)
+class Carry:
+    """Axis: what a round takes over from those before it."""
+
+    start: Literal["prev", "init"] = setting(
+        "prev", "Training starts from the policy that answered (prev), or from pi_init.", "train", flag="--start"
+    )
+    data: Literal["fresh", "window2", "all"] = setting(
+        "fresh",
+        "Pairs trained on: the round's own (fresh), those of two rounds, or all so far.",
+        "train",
+        flag="--carry",
+    )
 
 
 @dataclass(frozen=True)
@@ -299,6 +535,12 @@ class Measure:
     )
     prompts: Natural = setting(400, "Held-out prompts answered (lesson).", "measure", flag="--measure-prompts")
     pairs: Natural = setting(500, "Held-out pairs judged, at most.", "measure", flag="--measure-pairs")
+    temp: Nonnegative | None = setting(
+        None,
+        "Temperature of the answers to held-out prompts, with top-p 1; none: as the rounds sample.",
+        "measure",
+        flag="--measure-temp",
+    )
     bootstrap: Count = setting(2000, "Resamples of the paired bootstrap.", "measure", flag="--bootstrap")
 
 
@@ -358,11 +600,17 @@ class Recipe:
     lengths: Lengths = field(default_factory=Lengths)
     lora: Lora = field(default_factory=Lora)
     seed_dpo: SeedDpo = field(default_factory=SeedDpo)
+    sft: Sft = field(default_factory=Sft)
+    prompts: Prompts = field(default_factory=Prompts)
+    candidates: Candidates = field(default_factory=Candidates)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     judge: JudgeSettings = field(default_factory=JudgeSettings)
+    pairing: Pairing = field(default_factory=Pairing)
     loss: LossSettings = field(default_factory=LossSettings)
+    noise: Noise = field(default_factory=Noise)
     refine: Refine = field(default_factory=Refine)
     train: Train = field(default_factory=Train)
+    carry: Carry = field(default_factory=Carry)
     batching: Batching = field(default_factory=Batching)
     measure: Measure = field(default_factory=Measure)
     stop: Stop = field(default_factory=Stop)
@@ -432,19 +680,21 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """{"a": {"b": 1}} -> {"a.b": 1}. An axis may be named alone: {"judge": "random"} -> {"judge.by": "random"}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
-        flat |= flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+        flat |= flatten(value, f"{path}.") if isinstance(value, Mapping) else {AXES.get(path, path): value}
     return flat
 
 
 def check_path(path: str, source: str) -> Setting:
-    """The setting of that path, or RecipeError naming the nearest one."""
+    """The setting of that path (or of that axis), or RecipeError naming the nearest one."""
+    path = AXES.get(path, path)
     if path in SETTINGS:
         return SETTINGS[path]
     leaves = {p.rsplit(".", 1)[-1]: p for p in SETTINGS}
+    leaves |= {s.flag.lstrip("-").replace("-", "_"): s.path for s in SETTINGS.values() if s.flag}
     near = difflib.get_close_matches(path, SETTINGS, n=1) or [
         leaves[leaf] for leaf in difflib.get_close_matches(path.rsplit(".", 1)[-1], leaves, n=1)
     ]
@@ -480,6 +730,7 @@ def build(layers: Mapping[str, Mapping[str, Any]]) -> tuple[Recipe, dict[str, st
     source = dict.fromkeys(flat, "default")
     for name, layer in layers.items():
         for path, value in layer.items():
+            path = check_path(path, name).path
             flat[path] = convert(path, value, name)
             source[path] = name
     recipe = _construct(Recipe, flat)
@@ -510,18 +761,38 @@ def shipped(kind: Literal["recipe", "scale"]) -> dict[str, Path]:
 
 def load_layer(kind: Literal["recipe", "scale"], name: str) -> dict[str, Any]:
     """Settings of a shipped recipe or scale, or of a YAML file. Raises RecipeError naming the nearest."""
+    return read_yaml(layer_file(kind, name))
+
+
+def load_on(recipe: str, scale: str) -> dict[str, Any]:
+    """What a recipe chooses on one scale: `scales: {lesson: {...}}` in its file. It wins over both."""
+    return read_yaml(layer_file("recipe", recipe), on=scale)
+
+
+def layers_of(recipe: str, scale: str) -> dict[str, dict[str, Any]]:
+    """The layers that the names of a recipe and of a scale stand for, later ones winning."""
+    layers = {f"recipe {recipe}": load_layer("recipe", recipe), f"scale {scale}": load_layer("scale", scale)}
+    chosen = load_on(recipe, scale)
+    return layers | ({f"recipe {recipe} on {scale}": chosen} if chosen else {})
+
+
+def layer_file(kind: Literal["recipe", "scale"], name: str) -> Path:
+    """The file of a shipped recipe or scale, or the YAML file of that name."""
     known = shipped(kind)
     if name in known:
-        return read_yaml(known[name])
+        return known[name]
     if Path(name).suffix in {".yaml", ".yml"}:
-        return read_yaml(Path(name))
+        return Path(name)
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise RecipeError(f"there is no {kind} {name!r}{hint} (shipped: {', '.join(known)}; or give a .yaml file)")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """{path: value} of a YAML file of settings, nested or dotted. Raises RecipeError on anything unknown."""
+def read_yaml(path: Path, on: str | None = None) -> dict[str, Any]:
+    """{path: value} of a YAML file of settings, nested or dotted; with `on`, of what it says for that scale alone.
+
+    Raises RecipeError on anything unknown.
+    """
     import yaml
 
     try:
@@ -535,7 +806,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise RecipeError(f"{path} must hold settings (name: value), not a {type(tree).__name__}")
-    flat = flatten({str(k): v for k, v in tree.items()})
+    scales = tree.pop("scales", None) or {}
+    if not isinstance(scales, dict) or not all(isinstance(part, dict) for part in scales.values()):
+        raise RecipeError(
+            f"{path}: `scales` must hold settings by the name of a scale, such as scales: {{lesson: {{rounds: 1}}}}"
+        )
+    flat = flatten({str(k): v for k, v in (tree if on is None else scales.get(on, {})).items()})
     for setting_path in flat:
         check_path(setting_path, str(path))
     return flat
@@ -555,7 +831,8 @@ def parse_set(text: str) -> tuple[str, Any]:
     path = path.strip().replace("-", "_")
     if not equals:
         raise RecipeError(f"--set {text!r} needs the form group.field=value")
-    return path, read_text(check_path(path, "--set"), value.strip())
+    found = check_path(path, "--set")
+    return found.path, read_text(found, value.strip())
 
 
 def read_text(s: Setting, value: str) -> Any:
@@ -567,9 +844,12 @@ def read_text(s: Setting, value: str) -> Any:
     return value
 
 
-def convert_item(text: str) -> int | str:
-    """An element of a list: a whole number where it looks like one."""
-    return int(text) if text.strip().isdigit() else text.strip()
+def convert_item(text: str) -> int | float | str:
+    """An element of a list: a number where it looks like one."""
+    text = text.strip()
+    with suppress(ValueError):
+        return int(text) if text.isdigit() else float(text) if text[:1] in "0123456789." else text
+    return text
 
 
 def check(recipe: Recipe) -> None:
@@ -584,7 +864,7 @@ def check(recipe: Recipe) -> None:
             f"lengths.max_length={r.lengths.max_length} leaves no room after lengths.max_prompt_length="
             f"{r.lengths.max_prompt_length}; raise the first or lower the second"
         )
-    if r.judge.length_penalty and r.judge.by in {"self-pair", "openai", "random", "longest", "gold"}:
+    if r.judge.length_penalty and r.judge.by in {"self-pair", "openai", "order", "label", "random", "longest", "gold"}:
         raise RecipeError(
             f"judge.length_penalty needs a judge with a reward per answer, and judge.by={r.judge.by} has none"
         )
@@ -600,15 +880,49 @@ def check(recipe: Recipe) -> None:
 def that_matter(recipe: Recipe, stage: str, round_: int = 0) -> dict[str, Any]:
     """The settings that enter a stage's key, without those that change nothing beside the others.
 
-    Lambda is that of the round; without alpha nothing else of the refinement is used.
+    Lambda is that of the round, as are beta and learning rate where they are given per round.
     """
-    settings = recipe.for_stage(stage)
-    if stage == "train":
-        settings["refine.lambda"] = for_round(recipe, round_)
-        del settings["refine.lambda_decay"]
-        if not recipe.refine.alpha:
-            settings = {p: v for p, v in settings.items() if not p.startswith("refine.") or p == "refine.alpha"}
-    return settings
+    r, helper = recipe, stage in {"generator", "improver"}
+    settings = r.for_stage("seed" if helper else stage)
+    unread: tuple[str, ...] = ()
+    if helper or (stage == "seed" and r.seed_dpo.by == "sft"):
+        unread = ("seed_dpo.epochs", "seed_dpo.batch_size", "seed_dpo.learning_rate", "loss.")
+    elif stage == "seed":
+        unread = ("sft.",)
+    elif stage == "judge":
+        asks = {"self-pair", "openai"} & {r.judge.by, r.pairing.gap_judge}
+        unread = () if asks else ("judge.swap",)
+        unread += () if r.judge.by == "self-rubric" else ("judge.tries", "judge.temp")
+        unread += ("judge.adapter",)  # its digest is an input of the stage
+        settings["loss.optimism"] = settings["loss.optimism"] > 0  # whether a third answer is kept
+    elif stage == "measure" and r.measure.temp is not None:
+        unread = ("sampling.temp", "sampling.top_p")
+    elif stage == "train":
+        settings["refine.lambda"] = for_round(r, round_)
+        for per_round in ("loss.round_betas", "train.round_rates"):
+            values = settings[per_round]
+            settings[per_round] = values and values[min(round_, len(values)) - 1]
+        unread = ("refine.lambda_decay", *_unread_in_training(r))
+    if helper:
+        unread += ("seed_dpo.by",)
+    return {path: value for path, value in settings.items() if not path.startswith(unread) or not unread}
+
+
+def _unread_in_training(r: Recipe) -> Iterator[str]:
+    """Settings of a training stage that nothing reads beside the others."""
+    from spa_lite.losses import USES
+
+    yield from {path for uses in USES.values() for path in uses} - set(USES[r.loss.kind])
+    if r.train.round_rates:
+        yield "train.learning_rate"
+    if r.noise.by != "quantile":
+        yield "refine."
+    elif not r.refine.alpha:
+        yield from (f"refine.{f.name.rstrip('_')}" for f in dataclasses.fields(Refine) if f.name != "alpha")
+    if r.noise.by not in {"smooth", "robust"}:
+        yield "noise.epsilon"
+    if r.noise.by != "weight":
+        yield "noise.weight"
 
 
 def for_round(recipe: Recipe, round_: int) -> float:

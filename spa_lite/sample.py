@@ -31,15 +31,19 @@ def sample(
     role: str = POLICY,
     skip: int = 0,
     keep: Writer | None = None,
+    sampling: Sampling | None = None,
+    first: int = 0,
 ) -> Iterator[list[Sample]]:
     """Yield the samples of a chunk of prompts after the other, in order; `skip` prompts are done already.
 
-    A text depends on (seed, round, prompt id, index) alone. `keep` has written the chunk's hidden states by then.
+    A text depends on (seed, round, prompt id, index) alone; indices begin at `first`. `sampling` is the recipe's unless
+    it is given. `keep` has written the chunk's hidden states by then.
     """
+    numbers = range(first, first + (n or recipe.sampling.n))
     tick = ticking(report, stage, len(prompts), "prompts", skip)
     for start in range(skip, len(prompts), chunk_size(recipe)):
         chunk = prompts[start : start + chunk_size(recipe)]
-        yield answer(backend, chunk, recipe, round_, n or recipe.sampling.n, role, tick, keep)
+        yield answer(backend, chunk, recipe, round_, numbers, role, tick, keep, sampling)
 
 
 def answer(
@@ -47,20 +51,22 @@ def answer(
     prompts: Sequence[Encoded],
     recipe: Recipe,
     round_: int,
-    n: int,
+    numbers: Sequence[int],
     role: str = POLICY,
     tick: Tick = unheard,
     keep: Writer | None = None,
+    sampling: Sampling | None = None,
 ) -> list[Sample]:
-    """One Sample with n answers per prompt, in order; `tick` is called once per prompt."""
-    sampling = Sampling(recipe.sampling.temp, recipe.sampling.top_p, recipe.sampling.max_tokens)
-    keys = [[sample_key(recipe.seed, round_, prompt.id, k) for k in range(n)] for prompt, _ in prompts]
+    """One Sample per prompt, in order, with the answers of these numbers; `tick` is called once per prompt."""
+    n = len(numbers)
+    how = sampling or Sampling(recipe.sampling.temp, recipe.sampling.top_p, recipe.sampling.max_tokens)
+    keys = [[sample_key(recipe.seed, round_, prompt.id, k) for k in numbers] for prompt, _ in prompts]
 
     def once() -> dict[int, tuple[Completion, ...]]:
         found: dict[int, tuple[Completion, ...]] = {}
         if keep:
             keep.begin(n)
-        for index, completions in backend.sample([ids for _, ids in prompts], n, sampling, keys, role, keep):
+        for index, completions in backend.sample([ids for _, ids in prompts], n, how, keys, role, keep):
             found[index] = tuple(close(c, backend, recipe.sampling.append_eos) for c in completions)
             tick(sum(len(c.logprobs) for c in completions))
         return found

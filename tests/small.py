@@ -16,7 +16,7 @@ from spa_lite.events import Report, silent
 from spa_lite.models import Models
 from spa_lite.recipe import Recipe, build, load_layer
 from spa_lite.spa import align
-from spa_lite.stages import Data
+from spa_lite.stages.workbench import Data
 from spa_lite.store import Run
 
 GOOD, BAD = ["red", "blue", "green", "cat", "dog"], ["sun", "moon", "tea", "cup", "hat"]
@@ -53,6 +53,35 @@ def small_recipe(files: Mapping[str, str], changes: Mapping[str, Any] | None = N
     """The small recipe on those files, with changes on top."""
     layers: dict[str, Mapping[str, Any]] = {"name": load_layer("recipe", name), "small": SMALL, "files": files}
     return build(layers | {"test": changes or {}})[0]
+
+
+POOLED = {"spa", "spa-official", "spa-noseed", "iterative-dpo", "simpo-onpolicy"}
+"""Recipes that read prompts of a file."""
+TINY: dict[str, Any] = {
+    "prompts.count": 16,
+    "prompts.max_tokens": 20,
+    "prompts.examples": 2,
+    "sft.learning_rate": 0.05,
+    "lengths.max_prompt_length": 600,
+}
+STANDS_IN: dict[str, dict[str, Any]] = {
+    "iterative-dpo": {"judge": "longest"},
+    "simpo-onpolicy": {"judge": "longest"},
+    "selm": {"judge": "longest"},
+    "synpo": {"pairing.gap_judge": "likelihood", "pairing.min_gap": 0.01},
+    "spa-noseed": {"inputs.no_seed_pairs": False},
+    "self-rewarding": {"judge": "longest", "prompts": "bare"},  # its prompts are no tasks for Self-Instruct's filters
+}
+"""What the toy has no model for."""
+
+
+def tiny(name: str, files: Mapping[str, str], changes: dict[str, Any] | None = None) -> Recipe:
+    """A shipped recipe at a size of seconds."""
+    written = name in {"sao", "self-rewarding", "synpo"}
+    kept = {k: v for k, v in files.items() if k != "inputs.prompts" or name in POOLED}
+    size = {k: v for k, v in TINY.items() if written or k != "prompts.count"}
+    rounds = {"rounds": min(2, small_recipe(kept, {"inputs.no_seed_pairs": False}, name).rounds)}
+    return small_recipe(kept, size | rounds | STANDS_IN.get(name, {}) | (changes or {}), name)
 
 
 def load(recipe: Recipe) -> Backend:

@@ -9,7 +9,18 @@ import pytest
 import yaml
 
 from spa_lite.errors import RecipeError
-from spa_lite.recipe import ALL_STAGES, SETTINGS, build, for_round, load_layer, parse_set, read_yaml, shipped
+from spa_lite.recipe import (
+    ALL_STAGES,
+    SETTINGS,
+    build,
+    for_round,
+    layers_of,
+    load_layer,
+    parse_set,
+    read_yaml,
+    shipped,
+    that_matter,
+)
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -66,7 +77,7 @@ def test_values_from_the_command_line(text: str, path: str, value: Any) -> None:
         ("tempp=1", "did you mean sampling.temp"),
         ("sampling.tmp=1", "did you mean sampling.temp"),
         ("refine.K=2", "<= 1"),
-        ("sampling.n=1", ">= 2"),
+        ("sampling.n=0", ">= 1"),
         ("rounds=x", "Expected `int`"),
         ("sampling.temp=warm", "could not convert"),
         ("judge.by=gpt", "Invalid enum value"),
@@ -114,6 +125,15 @@ def test_a_stage_sees_only_its_settings() -> None:
     assert one.for_stage("train") != other.for_stage("train")
 
 
+def test_recipes_can_be_measured_alike() -> None:
+    """With a temperature of its own, measuring does not look at the one of sampling."""
+    hot = {"sampling.temp": 1.3, "sampling.top_p": 0.5}
+    for temp, alike in ((0.7, True), (None, False)):
+        one, other = (build({"x": {"measure.temp": temp, **more}})[0] for more in ({}, hot))
+        assert (that_matter(one, "measure") == that_matter(other, "measure")) == alike
+        assert that_matter(one, "sample") != that_matter(other, "sample")
+
+
 def test_a_written_recipe_reads_back(tmp_path: Path) -> None:
     """recipe.yaml gives the same recipe again."""
     r, _ = build(
@@ -152,11 +172,10 @@ def test_missing_files_and_names() -> None:
         load_layer("scale", "huge")
 
 
-def test_shipped_files_are_valid() -> None:
+@pytest.mark.parametrize("recipe", shipped("recipe"))
+def test_shipped_files_are_valid(recipe: str) -> None:
     """Every shipped recipe under every shipped scale."""
-    assert set(shipped("recipe")) == {"spa", "spa-official"}
     assert set(shipped("scale")) == {"paper", "laptop", "lesson"}
-    for recipe in shipped("recipe"):
-        for scale in shipped("scale"):
-            r, _ = build({"r": load_layer("recipe", recipe), "s": load_layer("scale", scale)})
-            assert (r.name, r.scale) == (recipe, scale)
+    for scale in shipped("scale"):
+        r, _ = build(layers_of(recipe, scale))
+        assert (r.name, r.scale) == (recipe, scale)

@@ -18,8 +18,9 @@ from spa_lite.judge import decide
 from spa_lite.judges import open_judge
 from spa_lite.recipe import SETTINGS, Recipe
 from spa_lite.records import Completion, Judgement, Sample
-from spa_lite.stages import read_judgements, read_samples, several_makers
-from tests.small import lines, load, results, run_small, small_recipe, start, write_data
+from spa_lite.stages.workbench import read_judgements, read_samples
+from spa_lite.summary import several_makers
+from tests.small import lines, load, results, run_small, small_recipe, start, tiny, write_data
 
 
 @pytest.fixture
@@ -255,6 +256,33 @@ CHANGES: dict[str, Any] = {
     "train.max_steps": 1,
     "inputs.limit_prompts": 7,
     "inputs.no_seed_pairs": None,
+    "seed_dpo.by": "sft",
+    "sft.epochs": 1,
+    "sft.batch_size": 5,
+    "sft.learning_rate": 0.01,
+    "prompts.source": "bare",
+    "prompts.count": 10,
+    "prompts.by": "policy",
+    "prompts.generator": False,
+    "prompts.temp": 1.2,
+    "prompts.top_p": 0.9,
+    "prompts.max_tokens": 9,
+    "prompts.control": 4,
+    "candidates.kinds": ["sample", "greedy"],
+    "judge.swap": False,
+    "pairing.drop_ties": False,
+    "pairing.min_gap": 0.05,
+    "pairing.gap_judge": "likelihood",
+    "loss.kind": "simpo",
+    "loss.nll": 0.5,
+    "loss.optimism": 0.5,
+    "loss.round_betas": [0.5, 0.01],
+    "noise.by": "smooth",
+    "noise.epsilon": 0.3,
+    "train.round_rates": [0.01, 0.02],
+    "train.reference": "init",
+    "carry.start": "init",
+    "carry.data": "all",
 }
 """A value that must change what a run computes; None: tested by name elsewhere in this file or in test_cli."""
 
@@ -288,6 +316,7 @@ SHOWN_ELSEWHERE = {
     "measure.prompts": "test_lesson_run",
     "measure.pairs": "here",
     "measure.bootstrap": "test_evaluate",
+    "measure.temp": "test_lesson_run",
     "judge.model": "test_run_judges",
     "judge.rescore": "test_rescore",
     "train.cache_reference": "test_states; must change no result",
@@ -297,6 +326,24 @@ SHOWN_ELSEWHERE = {
     "stop.length_growth": "test_stop",
     "stop.agreement": "test_stop",
     "stop.accuracy_drop": "test_stop",
+    "inputs.gold": "test_recipes",
+    "prompts.personas": "test_prompts",
+    "prompts.keywords": "test_prompts",
+    "prompts.template": "test_prompts",
+    "prompts.examples": "test_prompts",
+    "prompts.similarity": "test_prompts",
+    "judge.tries": "test_judges",
+    "judge.temp": "test_judges",
+    "judge.adapter": "test_recipes",
+    "pairing.by": "test_guards: it asks for two answers",
+    "loss.simpo_beta": "test_losses",
+    "loss.gamma": "test_losses",
+    "loss.norm_beta": "test_losses",
+    "loss.tau": "test_losses",
+    "loss.sppo_beta": "test_losses",
+    "loss.orpo_weight": "test_losses",
+    "loss.dpop_weight": "test_losses",
+    "noise.weight": "test_noise",
     "lesson.seed_pairs": "test_lesson_run",
     "lesson.prompts": "test_lesson_run",
     "lesson.held_out": "test_lesson_run",
@@ -309,10 +356,10 @@ def test_every_setting_is_accounted_for() -> None:
     assert set(CHANGES) | set(SHOWN_ELSEWHERE) == set(SETTINGS)
 
 
-def outcome(folder: Path, files: dict[str, str], changes: dict[str, Any]) -> Any:
+def outcome(folder: Path, files: dict[str, str], changes: dict[str, Any], name: str | None = None) -> Any:
     """All that a run computed, or the sentence it was refused with."""
     try:
-        run_small(folder, small_recipe(files, changes))
+        run_small(folder, tiny(name, files, changes) if name else small_recipe(files, changes))
     except SpaError as error:
         return str(error)
     return results(folder) | {"measured": (folder / "rounds/1/measure.done.json").exists()}
@@ -327,17 +374,40 @@ BESIDE: dict[str, dict[str, Any]] = {
     "refine.before_full": {"refine.warmup": 0.0},
     "refine.rule": {"refine.before_full": "zero"},
     "stop.action": {"stop.agreement": 0.1},
+    "pairing.gap_judge": {"judge.by": "random", "pairing.min_gap": 0.3},
+    "loss.kind": {"noise.by": "none"},
+    "loss.nll": {"noise.by": "none"},
+    "noise.epsilon": {"noise.by": "smooth"},
 }
+
+OF = {
+    "sft.epochs": "self-rewarding",
+    "sft.batch_size": "self-rewarding",
+    "sft.learning_rate": "self-rewarding",
+    "prompts.source": "sao",
+    "prompts.count": "sao",
+    "prompts.by": "self-rewarding",
+    "prompts.generator": "synpo",
+    "prompts.temp": "sao",
+    "prompts.top_p": "sao",
+    "prompts.max_tokens": "sao",
+    "prompts.control": "sao",
+    "judge.swap": "sao",
+    "pairing.drop_ties": "self-rewarding",
+    "loss.optimism": "selm",
+}
+"""The recipe that a setting matters to, where that is not `spa`."""
 
 
 @pytest.mark.parametrize("path", [p for p, value in CHANGES.items() if value is not None])
 def test_every_setting_changes_something(tmp_path: Path, files: dict[str, str], path: str) -> None:
     """No option is read by nobody."""
     beside = BESIDE.get(path, {})
-    plain = outcome(tmp_path / "plain", files, beside)
-    changed = outcome(tmp_path / "changed", files, beside | {path: CHANGES[path]})
+    plain = outcome(tmp_path / "plain", files, beside, OF.get(path))
+    changed = outcome(tmp_path / "changed", files, beside | {path: CHANGES[path]}, OF.get(path))
     assert plain != changed
     assert isinstance(plain, dict), plain
+    assert isinstance(changed, dict) or path == "lengths.max_length", changed
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
