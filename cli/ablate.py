@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from spa_lite.cli.main import app
-from spa_lite.cli.options import command, resolve
+from spa_lite.cli.options import Named, command, resolve
 from spa_lite.cli.run import HOME, default_scale, library_beside
 from spa_lite.errors import RecipeError
 
@@ -27,7 +27,7 @@ def ablate(
     given: dict[str, Any],
     vary: Annotated[
         list[str] | None,
-        typer.Option("--vary", metavar="SETTING=A,B", help="A setting and the values to try; repeatable."),
+        typer.Option("--vary", metavar="SETTING=A,B", help="A setting (or recipe) and the values to try; repeatable."),
     ] = None,
     study: Annotated[
         str | None,
@@ -41,7 +41,7 @@ def ablate(
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option("-c", "--config", help="YAML file of settings; flags win.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="The method: spa, spa-official, or a YAML file.")] = None,
+    recipe: Named = None,
     scale: Annotated[str | None, typer.Option(help="The size: lesson, laptop, paper, or a YAML file.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="GROUP.FIELD=VALUE", help="Set any setting of all cells.")
@@ -67,10 +67,10 @@ def ablate(
         for name, path in studies.shipped().items():
             print(f"{name:<18} {studies.read_study(path).question}")
         return
-    asked, base, varied = _what(given, set_ or [], config, recipe, scale, vary or [], study, grid)
+    asked, base, kept, varied = _what(given, set_ or [], config, recipe, scale, vary or [], study, grid)
     trackers.check(base.report_to)
     folder = out or HOME / f"{asked.name}-{_name(base, varied)}"
-    jobs = studies.jobs_of(asked.cells, base, seeds, folder)
+    jobs = studies.jobs_of(asked.cells, base, seeds, folder, kept)
     for job in jobs:
         backends.check_trains(job.recipe.inputs.backend, job.recipe.inputs.model)
     shelf, library = studies.Shelf(backends.load, backends.load_classifier), library_beside(folder, [folder.parent])
@@ -85,7 +85,7 @@ def ablate(
             "name": asked.name,
             "question": asked.question,
             "seeds": [base.seed + i for i in range(seeds)],
-            "given": {path: base.get(path) for cell in asked.cells for path in cell.changes},
+            "given": {path: studies.value_in(base, path) for cell in asked.cells for path in cell.changes},
         }
         write_json(folder / "study.json", {**about, "cells": {cell.name: cell.changes for cell in asked.cells}})
         outcomes, spent = _run(jobs, schedule, shelf, library, folder, base)
@@ -111,8 +111,9 @@ def _what(
     vary: Sequence[str],
     study: str | None,
     grid: bool | None,
-) -> tuple[Study, Recipe, list[str]]:
-    """The study, its base recipe, and the paths that --vary names."""
+) -> tuple[Study, Recipe, dict[str, Any], list[str]]:
+    """The study, its base recipe, what of that study, file and command line asked for, and the paths that --vary
+    names."""
     from spa_lite import ablate as studies
 
     if bool(vary) == bool(study):
@@ -121,16 +122,23 @@ def _what(
         if grid is not None:
             raise RecipeError("a study names its cells; leave --grid and --one-at-a-time out")
         asked = studies.named(study)
-        base, _ = resolve(given, sets, config, recipe, scale, default_scale, (asked.name, asked.settings))
-        return asked, base, []
-    base, _ = resolve(given, sets, config, recipe, scale, default_scale)
+        base, source = resolve(given, sets, config, recipe, scale, default_scale, (asked.name, asked.settings))
+        return asked, base, _asked(base, source, config, asked.name), []
+    base, source = resolve(given, sets, config, recipe, scale, default_scale)
+    kept = _asked(base, source, config)
     varied: dict[str, list[Any]] = {}
     for text in vary:
         path, values = studies.parse_vary(text)
         varied.setdefault(path, []).extend(values)
     shape: Literal["grid", "one-at-a-time"] = "one-at-a-time" if grid is False else "grid"
-    cells = studies.cells_of(varied, base, shape)
-    return studies.Study("ablate", cells=tuple(cells)), base, sorted(varied)
+    cells = studies.cells_of(varied, base, shape, kept)
+    return studies.Study("ablate", cells=tuple(cells)), base, kept, sorted(varied)
+
+
+def _asked(base: Recipe, source: Mapping[str, str], config: Path | None, study: str = "") -> dict[str, Any]:
+    """The settings that a cell with a recipe of its own takes over: those that somebody asked for."""
+    layers = {"command line", f"study {study}", str(config)}
+    return {path: base.get(path) for path, layer in source.items() if layer in layers}
 
 
 def _name(base: Recipe, varied: Sequence[str]) -> str:
@@ -166,11 +174,13 @@ def _show_plan(schedule: Schedule, library: Library) -> None:
     states = ("compute", "shared", "reuse", "done")
     for job, planned in schedule.jobs:
         if isinstance(planned, str):
-            table.add_row(render.safe(job.cell.name), str(job.seed), f"cannot run: {render.safe(planned)}")
+            table.add_row(render.safe(job.cell.name), str(job.seed), "cannot run")
             continue
         counts = [sum(stage.state == state for stage in planned) for state in states]
         table.add_row(render.safe(job.cell.name), str(job.seed), *[str(n) if n else "-" for n in counts])
     render.err.print(table)
+    for sentence in dict.fromkeys(f"{job.cell.name}: {why}" for job, why in schedule.jobs if isinstance(why, str)):
+        render.note(f"cannot run: {sentence}")
     time = render.duration(schedule.seconds(library))
     known = (
         f"about {time}, from stages measured before" if time else "time unknown: no such stage was measured here yet"

@@ -6,11 +6,12 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
 
-from spa_lite.recipe import SETTINGS, Recipe, Setting, build, load_layer, parse_set, read_text, read_yaml
+from spa_lite.recipe import SETTINGS, Recipe, Setting, build, layers_of, parse_set, read_text, read_yaml, shipped
 
 ALIASES = {
     "--model": ["-m", "--model-name-or-path"],
@@ -23,7 +24,9 @@ ALIASES = {
 """Other tools' words for the same thing."""
 
 Config = Annotated[Path | None, typer.Option("-c", "--config", help="YAML file of settings; the command line wins.")]
-Named = Annotated[str | None, typer.Option(help="Recipe: spa, spa-official, or a YAML file (default: spa)")]
+Named = Annotated[
+    str | None, typer.Option(help=f"The method: {', '.join(shipped('recipe'))}, or a YAML file (default: spa).")
+]
 Scale = Annotated[str | None, typer.Option(help="Scale: lesson, laptop, paper, or a YAML file.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="GROUP.FIELD=VALUE", help="Override any setting.")]
 Round = Annotated[int, typer.Option("--round", min=1, help="Which round this is (1, 2, ...).")]
@@ -36,11 +39,17 @@ PANELS = {
     "lengths": "Lengths",
     "lora": "Adapter",
     "seed_dpo": "Seed stage",
+    "sft": "Supervised fine-tuning",
+    "prompts": "Prompts and candidates",
+    "candidates": "Prompts and candidates",
     "sampling": "Sampling",
     "judge": "Judging",
+    "pairing": "Judging",
     "loss": "Training",
+    "noise": "Training",
     "refine": "Self-refinement",
     "train": "Training",
+    "carry": "Training",
     "batching": "Memory and speed",
     "measure": "Measuring",
     "stop": "Measuring",
@@ -48,17 +57,19 @@ PANELS = {
 }
 
 
-def command(app: typer.Typer, name: str, groups: Iterable[str] | None = None) -> Callable[[Callable[..., Any]], Any]:
+def command(
+    app: typer.Typer, name: str, groups: Iterable[str] | None = None, short: Mapping[str, str] = MappingProxyType({})
+) -> Callable[[Callable[..., Any]], Any]:
     """Register a function that takes `given` (path -> command-line word) as a command with the settings as options.
 
     `groups` are the setting groups and single settings it shows; None shows all. Every setting can also be given with
-    --set.
+    --set. `short` are flags that settings have here beside their own, by path: --epochs, where it is clear of what.
     """
     shown = [s for s in SETTINGS.values() if s.flag and (groups is None or {_group(s), s.path} & set(groups))]
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "given"]
-        made = [_parameter(s.path) for s in shown]
+        made = [_parameter(s.path, short.get(s.path)) for s in shown]
 
         def call(**values: Any) -> Any:
             given = {s.path: values.pop(_name(s)) for s in shown}
@@ -82,12 +93,14 @@ def _name(s: Setting) -> str:
 
 
 @cache
-def _parameter(path: str) -> inspect.Parameter:
+def _parameter(path: str, short: str | None = None) -> inspect.Parameter:
     """A Typer option: bare words are read by the recipe itself, so that every wrong value gets the same sentence."""
     s = SETTINGS[path]
     assert s.flag
     is_switch = s.type is bool
     names = [f"{s.flag}/--no-{s.flag.removeprefix('--')}" if is_switch and not s.flag.startswith("--no-") else s.flag]
+    if short:
+        names = [short, *ALIASES.get(short, []), *names]
     default = "" if s.default is None or s.default is False else f" (default: {_plain(s.default)})"
     option = typer.Option(
         *names,
@@ -120,18 +133,19 @@ def resolve(
     default_scale: Callable[[dict[str, Any]], str] = lambda flat: "paper",
     study: tuple[str, Mapping[str, Any]] | None = None,
 ) -> tuple[Recipe, dict[str, str]]:
-    """The recipe of a command (default < recipe < scale < study < file < command line), and each value's source."""
+    """The recipe of a command (default < recipe < scale < study < file < command line), and each value's source.
+
+    A study may name its recipe, too.
+    """
     file = read_yaml(config) if config else {}
     line = {path: read_text(SETTINGS[path], v) if isinstance(v, str) else v for path, v in given.items()}
     line |= dict(parse_set(text) for text in sets)
-    recipe = recipe or file.get("name") or "spa"
+    own = dict(study[1]) if study else {}
+    recipe = recipe or file.get("name") or own.get("recipe") or "spa"
     scale = scale or file.get("scale") or default_scale(file | line)
-    layers: dict[str, dict[str, Any]] = {
-        f"recipe {recipe}": load_layer("recipe", recipe),
-        f"scale {scale}": load_layer("scale", scale),
-    }
+    layers = layers_of(recipe, scale)
     if study:
-        layers[f"study {study[0]}"] = dict(study[1])
+        layers[f"study {study[0]}"] = {path: value for path, value in own.items() if path != "recipe"}
     if config:
         layers[str(config)] = {k: v for k, v in file.items() if k not in {"name", "scale"}}
     return build(layers | {"command line": line})

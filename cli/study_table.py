@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rich.table import Table
 
@@ -11,27 +11,31 @@ from spa_lite.compare import Cell, Comparison, Difference, Estimate
 from spa_lite.markdown import literal
 
 TITLES = {"win_rate": "win rate vs init %", "pair_accuracy": "held-out pairs %"}
-COLUMNS = (
-    "cell", "seeds", "mean", "sd", "95 % interval", "difference to base", "p", "Holm p", "length", "labels right %",
-)  # fmt: skip
+COMPARED = ("cell", "seeds", "mean", "sd", "95 % interval", "difference to base", "p", "Holm p")
+BESIDE = ("length", "labels right %", "tokens", "seconds")
+"""Means over the seeds that say how a cell came to its result, and what it took."""
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
-    """The headline measure per cell, compared with the base cell; and, if runs failed, which and why."""
-    table = Table(
-        title=f"{safe(name(comparison))}: {TITLES[comparison.headline]}",
-        title_justify="left",
-        caption=reading(comparison),
-        caption_justify="left",
-    )
-    columns = shown_columns(comparison)
+    """The headline measure per cell, compared with the base cell; what else there is to say of the cells; and, if runs
+    failed, which and why."""
+    table = _table(comparison, COMPARED)
+    table.title = f"{safe(name(comparison))}: {TITLES[comparison.headline]}"
+    table.caption = reading(comparison)
+    beside = [column for column in shown_columns(comparison) if column in BESIDE]
+    more = [_table(comparison, ("cell", *beside))] if beside else []
+    return [table, *more, *([_failures(comparison)] if failures(comparison) else [])]
+
+
+def _table(comparison: Comparison, columns: Sequence[str]) -> Table:
+    table = Table(title_justify="left", caption_justify="left")
     for column in columns:
         left = column == "cell"
         table.add_column(column, justify="left" if left else "right", no_wrap=not left, overflow="fold")
     for cell in comparison.cells:
         shown = fields(comparison, cell, safe)
         table.add_row(*[shown[column] for column in columns])
-    return [table, *([_failures(comparison)] if failures(comparison) else [])]
+    return table
 
 
 def _failures(comparison: Comparison) -> Table:
@@ -70,8 +74,13 @@ def name(comparison: Comparison) -> str:
 
 def shown_columns(comparison: Comparison) -> list[str]:
     """The columns of which there is anything to show."""
-    absent = {"length": "length", "labels right %": "label_accuracy"}
-    return [column for column in COLUMNS if absent.get(column, "") in {"", *comparison.measures}]
+    absent = {
+        "length": "length",
+        "labels right %": "label_accuracy",
+        "tokens": "sampled_tokens",
+        "seconds": "seconds",
+    }
+    return [column for column in (*COMPARED, *BESIDE) if absent.get(column, "") in {"", *comparison.measures}]
 
 
 def failures(comparison: Comparison) -> list[tuple[str, int, str]]:
@@ -94,6 +103,7 @@ def fields(comparison: Comparison, cell: Cell, escape: Callable[[str], str]) -> 
     """A cell's line of the table, by column."""
     found, change = cell.estimates.get(comparison.headline), cell.differences.get(comparison.headline)
     length, labels = cell.estimates.get("length"), cell.estimates.get("label_accuracy")
+    tokens, seconds = cell.estimates.get("sampled_tokens"), cell.estimates.get("seconds")
     is_base = cell.name == comparison.base
     return {
         "cell": escape(cell.name) + (" (base)" if is_base and cell.name != "base" else ""),
@@ -106,6 +116,8 @@ def fields(comparison: Comparison, cell: Cell, escape: Callable[[str], str]) -> 
         "Holm p": _p(change.p_holm if change else None),
         "length": number(length.mean if length else None, 1),
         "labels right %": _percent(labels.mean if labels else None),
+        "tokens": f"{tokens.mean:,.0f}" if tokens else "-",
+        "seconds": number(seconds.mean if seconds else None, 0),
     }
 
 

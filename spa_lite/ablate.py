@@ -1,7 +1,8 @@
 """Studies: a recipe with some settings varied over several seeds, every stage that cells share computed once.
 
-A *cell* is one combination of settings; a *job* is a cell with one seed, an ordinary run. The plan of a study is the
-method itself, walked through without doing the work: what it would compute, and what is there already.
+A *cell* is one combination of settings; a *job* is a cell with one seed, an ordinary run. A cell may name a recipe of
+its own and starts from that. The plan of a study is the method itself, walked through without doing the work: what it
+would compute, and what is there already.
 """
 
 from __future__ import annotations
@@ -25,18 +26,33 @@ from spa_lite.judges import LoadClassifier
 from spa_lite.library import Library
 from spa_lite.models import Models
 from spa_lite.plan import Planned, State, plan
-from spa_lite.recipe import SETTINGS, Recipe, build, check_path, read_text, settings_of
+from spa_lite.recipe import (
+    AXES,
+    SETTINGS,
+    Recipe,
+    atoms,
+    build,
+    check_path,
+    flatten,
+    layer_file,
+    layers_of,
+    read_text,
+    settings_of,
+)
 from spa_lite.spa import align
-from spa_lite.stages import Data
+from spa_lite.stages.workbench import Data
 from spa_lite.store import Run, digest
 
 BASE = "base"
+RECIPE = "recipe"
+"""What a cell writes to start from another recipe; all other names are settings."""
 Varied = Mapping[str, Sequence[Any]]
+NOTHING: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of settings: what differs from the recipe as given."""
+    """One combination of settings: what differs from the recipe as given, or from the one that `recipe` names."""
 
     name: str
     changes: Mapping[str, Any]
@@ -44,7 +60,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """What is asked: a question, settings of its own, and cells, the first of which is the base."""
+    """What is asked: a question, settings of its own (and its `recipe`), and cells, the first of which is the base."""
 
     name: str
     question: str = ""
@@ -75,16 +91,22 @@ def parse_vary(text: str) -> tuple[str, list[Any]]:
     if not equals or not values.strip():
         raise RecipeError(f"--vary {text!r} needs the form setting=value,value")
     path = setting_named(name.strip())
-    separator = ";" if ";" in values or list_valued(path) else ","
-    found = [read_text(SETTINGS[path], value.strip()) for value in values.split(separator) if value.strip()]
     if path == "seed":
         raise RecipeError("--vary seed: seeds are not cells; use --seeds N, and --seed for the first one")
-    return path, found
+    separator = ";" if ";" in values or list_valued(path) else ","
+    words = [value.strip() for value in values.split(separator) if value.strip()]
+    if path != RECIPE:
+        return path, [read_text(SETTINGS[path], word) for word in words]
+    for word in words:
+        layer_file("recipe", word)
+    return path, words
 
 
 def setting_named(name: str) -> str:
     """The path of a setting from a path, a flag or a last part. Raises RecipeError naming the nearest."""
     plain = name.lstrip("-").replace("-", "_")
+    if plain == RECIPE or plain in AXES:
+        return AXES.get(plain, RECIPE)
     by_flag = {s.flag.lstrip("-").replace("-", "_"): s.path for s in SETTINGS.values() if s.flag}
     leaves = [path for path in SETTINGS if path.rpartition(".")[2] == plain]
     if plain in SETTINGS:
@@ -96,10 +118,12 @@ def setting_named(name: str) -> str:
 
 def list_valued(path: str) -> bool:
     """Whether a setting holds a list."""
-    return isinstance(SETTINGS[path].default, list) or path == "round_sizes"
+    return path != RECIPE and list in atoms(SETTINGS[path].type)
 
 
-def cells_of(varied: Varied, base: Recipe, shape: Literal["grid", "one-at-a-time"]) -> list[Cell]:
+def cells_of(
+    varied: Varied, base: Recipe, shape: Literal["grid", "one-at-a-time"], asked: Mapping[str, Any] = NOTHING
+) -> list[Cell]:
     """The base cell, and the cells that varying the settings gives: all combinations, or one change at a time."""
     if shape == "grid":
         combinations = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
@@ -107,8 +131,12 @@ def cells_of(varied: Varied, base: Recipe, shape: Literal["grid", "one-at-a-time
         combinations = [{path: value} for path, values in varied.items() for value in values]
     cells = {BASE: Cell(BASE, {})}
     for combination in combinations:
-        recipe = changed(base, combination)
-        changes = {path: recipe.get(path) for path in combination if recipe.get(path) != base.get(path)}
+        recipe = changed(base, combination, asked)
+        other = {path: value for path, value in combination.items() if path == RECIPE}
+        start = changed(base, other, asked)
+        changes = other if start != base else {}
+        settings = [path for path in combination if path != RECIPE]
+        changes |= {path: recipe.get(path) for path in settings if recipe.get(path) != start.get(path)}
         name = ", ".join(f"{path}={plain(value)}" for path, value in changes.items()) or BASE
         cells.setdefault(name, Cell(name, changes))
     return list(cells.values())
@@ -121,9 +149,18 @@ def plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def changed(base: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """A recipe with some settings changed."""
-    return build({"base": settings_of(base), "cell": changes})[0]
+def changed(base: Recipe, changes: Mapping[str, Any], asked: Mapping[str, Any] = NOTHING) -> Recipe:
+    """A recipe with some settings changed. Where the changes name another recipe, that one on the same scale, with
+    `asked` laid over it: what of the base came neither from its own recipe nor from its scale."""
+    own = {path: value for path, value in changes.items() if path != RECIPE}
+    if RECIPE not in changes:
+        return build({"base": settings_of(base), "cell": own})[0]
+    return build(layers_of(changes[RECIPE], base.scale) | {"asked": asked, "cell": own})[0]
+
+
+def value_in(recipe: Recipe, path: str) -> Any:
+    """What a recipe has for a setting; for `recipe`, its name."""
+    return recipe.name if path == RECIPE else recipe.get(path)
 
 
 def named(name: str) -> Study:
@@ -166,21 +203,26 @@ def read_study(path: Path) -> Study:
     for changes in [tree.get("settings", {}), *cells.values()]:
         if not isinstance(changes, dict):
             raise RecipeError(f"{path}: settings are written setting: value")
-        for setting in changes:
-            check_path(setting, str(path))
+        for setting, value in flatten(changes).items():
+            if setting == RECIPE:
+                layer_file("recipe", str(value))
+            else:
+                check_path(setting, str(path))
     if not cells:
         raise RecipeError(f"{path} has no cells; the first one is the base that the others are compared with")
-    found = tuple(Cell(name, changes) for name, changes in cells.items())
-    return Study(path.stem, tree.get("question", ""), tree.get("settings", {}), found)
+    found = tuple(Cell(name, flatten(changes)) for name, changes in cells.items())
+    return Study(path.stem, tree.get("question", ""), flatten(tree.get("settings", {})), found)
 
 
-def jobs_of(cells: Iterable[Cell], base: Recipe, seeds: int, folder: Path) -> list[Job]:
+def jobs_of(
+    cells: Iterable[Cell], base: Recipe, seeds: int, folder: Path, asked: Mapping[str, Any] = NOTHING
+) -> list[Job]:
     """Every cell with every seed, all cells of a seed together: what they share is then at hand."""
     return [
         Job(
             cell,
             seed,
-            changed(base, {**cell.changes, "seed": seed}),
+            changed(base, {**cell.changes, "seed": seed}, asked),
             folder / "cells" / f"{slug(cell.name)}-seed{seed}",
         )
         for seed in range(base.seed, base.seed + seeds)
@@ -209,7 +251,7 @@ class Shelf:
 
     def models(self, recipe: Recipe) -> Models:
         """The models of a recipe; those of another recipe are released first."""
-        key = self._key(recipe, ("inputs.", "model."))
+        key = self._key(recipe, ("inputs.", "model.", "judge.adapter", "sampling.by"))
         if self._models is None or self._models[0] != key:
             self._models = None
             self._models = (key, prepare.models_of(recipe, self._load, self._load_classifier))
@@ -218,7 +260,8 @@ class Shelf:
     def data(self, recipe: Recipe) -> Data:
         """What a run of the recipe reads."""
         prepare.check_start(recipe)
-        needed = ("seed", "round", "inputs.", "model.", "lengths.", "lesson.", "measure.", "sampling.max_tokens")
+        groups = ("inputs.", "model.", "lengths.", "lesson.", "measure.", "prompts.", "candidates.")
+        needed = ("seed", "round", "sampling.max_tokens", *groups)
         key = self._key(recipe, needed)
         if key not in self._data:
             self._data[key] = prepare.data_of(recipe, self.models(recipe))
@@ -272,17 +315,26 @@ def run_jobs(
     jobs: Sequence[Job], shelf: Shelf, library: Library, report: Callable[[Job], Report] = lambda job: silent
 ) -> Iterator[tuple[Outcome, Run | None]]:
     """Run every job; yield its outcome and its run. What fails is an outcome, too, and stops nothing else."""
+    varied = list(dict.fromkeys(path for job in jobs for path in job.cell.changes))
     for job in jobs:
         rows, error, run = None, "", None
         try:
             run = Run(job.folder, library)
             rows = align(shelf.models(job.recipe), job.recipe, shelf.data(job.recipe), run, report(job))["rows"]
+            rows = [{**row, "spent": run.spent(row["folder"])} for row in rows]
         except SpaError as problem:
             error = str(problem)
         except Exception as problem:  # a framework's own error in one cell
             error = f"{type(problem).__name__}: {problem}"
         folder = job.folder.relative_to(job.folder.parents[1]).as_posix()
-        yield Outcome(job.cell.name, job.seed, job.cell.changes, rows, error, folder), run
+        yield Outcome(job.cell.name, job.seed, told(job, varied), rows, error, folder), run
+
+
+def told(job: Job, varied: Iterable[str]) -> dict[str, Any]:
+    """What a cell changes; of one with a recipe of its own, what it has wherever any cell changes something."""
+    if RECIPE not in job.cell.changes:
+        return dict(job.cell.changes)
+    return {path: job.cell.changes.get(path, value_in(job.recipe, path)) for path in varied}
 
 
 @dataclass(frozen=True)

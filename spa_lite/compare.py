@@ -42,6 +42,8 @@ MEASURES = {
     "flagged_wrong_share": "share of the flagged pairs that really had the wrong label; all rounds together",
     "wrong_share": "share of all self-labelled pairs that really had the wrong label; all rounds together",
     "length": "mean tokens of an answer: to the held-out prompts where there are any, else of the last round's samples",
+    "sampled_tokens": "tokens that the model wrote for the rounds: answers, and prompts where it writes those, too",
+    "seconds": "time of all stages but measuring, whenever and by whichever run they were computed",
     "loss": "mean training loss over the last quarter of the steps; only comparable where the loss is the same",
 }
 """Name of a measure -> what it is. All are of the final policy unless the meaning says otherwise; shares lie in [0, 1].
@@ -130,6 +132,8 @@ def measures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     found["flagged_wrong_share"] = _ratio(flags, "flagged_wrong", "flagged")
     found["wrong_share"] = _ratio(flags, "wrong", "pairs")
     found["length"] = last.get("length") or (last.get("judged") or {}).get("mean_tokens")
+    found["sampled_tokens"] = sum(made.get("tokens", 0) for row in rounds for made in _written(row)) or None
+    found["seconds"] = _seconds(rows)
     found["loss"] = (last.get("trained") or {}).get("loss")
     for i, row in enumerate([*starts, *rounds], start=0 if starts else 1):
         found |= {f"{name}_round_{i}": _value(row.get(name)) for name in HEADLINES}
@@ -151,6 +155,17 @@ def _value(interval: Mapping[str, float] | None) -> float | None:
 
 def _labels(row: Mapping[str, Any]) -> float | None:
     return _value((row.get("label_accuracy") or {}).get("score"))
+
+
+def _written(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The summaries of a round's stages that write."""
+    return [row[name] for name in ("prompted", "sampled") if row.get(name)]
+
+
+def _seconds(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """By the clocks of the stages, where the rows have them."""
+    spent = [stage["seconds"] for row in rows for kind, stage in row.get("spent", {}).items() if kind != "measure"]
+    return sum(spent) if spent else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -9,15 +9,29 @@ from typing import Any
 
 import pytest
 
-from spa_lite import ablate, backends
-from spa_lite.ablate import Cell, Job, Shelf, cells_of, jobs_of, parse_vary, schedule, shipped, slug
+from spa_lite import ablate, backends, prepare
+from spa_lite.ablate import (
+    RECIPE,
+    Cell,
+    Job,
+    Shelf,
+    Study,
+    cells_of,
+    changed,
+    jobs_of,
+    parse_vary,
+    schedule,
+    shipped,
+    slug,
+)
 from spa_lite.cli import commands  # noqa: F401 - registers the commands
 from spa_lite.cli.main import app
 from spa_lite.errors import RecipeError, RunError
 from spa_lite.events import Event
 from spa_lite.library import Library
 from spa_lite.lock import locked
-from spa_lite.recipe import SETTINGS, Recipe, build, load_layer
+from spa_lite.recipe import SETTINGS, Recipe, build, layers_of
+from spa_lite.recipe import shipped as recipes_shipped
 from spa_lite.spa import align
 from spa_lite.store import Run
 from tests.crash import contents
@@ -51,6 +65,9 @@ SPELLINGS = [
     ("round_sizes=4;4,8", "round_sizes", [[4], [4, 8]]),
     ("lora.targets=q_proj,v_proj", "lora.targets", [["q_proj", "v_proj"]]),
     ("limit_prompts=none,5", "inputs.limit_prompts", [None, "5"]),
+    ("recipe=spa,sao", "recipe", ["spa", "sao"]),
+    ("loss=dpo,simpo", "loss.kind", ["dpo", "simpo"]),
+    ("candidates=sample;gold,sample", "candidates.kinds", [["sample"], ["gold", "sample"]]),
 ]
 
 
@@ -65,6 +82,7 @@ WRONG = [
     ("judge=", "form setting=value"),
     ("seed=1,2", "--seeds"),
     ("refin.K=1", "refine.K"),
+    ("recipe=spa,spinn", "there is no recipe 'spinn'; did you mean spin"),
 ]
 
 
@@ -112,15 +130,54 @@ def test_cells_of_one_name_are_one_folder_each() -> None:
     assert slug("a/b") != slug("a?b")
 
 
+def resolved(study: Study) -> list[Recipe]:
+    """The recipe of every cell of a study, on the lesson."""
+    own = {path: value for path, value in study.settings.items() if path != RECIPE}
+    base = build({**layers_of(study.settings.get(RECIPE, "spa"), "lesson"), "study": own})[0]
+    return [job.recipe for job in jobs_of(study.cells, base, 1, Path("study"), own)]
+
+
 @pytest.mark.parametrize("name", list(shipped()))
 def test_shipped_studies_are_valid(name: str) -> None:
-    """Every cell is a recipe, the first is the study as given, and all differ."""
+    """Every cell is a recipe that can start, the first is the study as given, and all differ."""
     study = ablate.named(name)
-    layers = {"scale": load_layer("scale", "lesson"), "study": study.settings}
-    recipes = [build({**layers, "cell": cell.changes})[0] for cell in study.cells]
+    recipes = resolved(study)
+    for recipe in recipes:
+        prepare.check_start(recipe)
     assert study.question.endswith((".", "?"))
     assert not study.cells[0].changes
-    assert len({json.dumps(recipe.to_dict(), sort_keys=True) for recipe in recipes}) == len(recipes) > 2
+    assert len({json.dumps(recipe.to_dict(), sort_keys=True) for recipe in recipes}) == len(recipes) > 1
+
+
+def test_every_recipe_is_compared_with_the_same_number_of_answers() -> None:
+    """Of its own, over all rounds, with the same labelled pairs; offline DPO writes none."""
+    study = ablate.named("recipes")
+    found = {cell.name: recipe for cell, recipe in zip(study.cells, resolved(study), strict=True)}
+    assert {recipe.name for recipe in found.values()} == set(recipes_shipped("recipe"))
+    for name, recipe in found.items():
+        each = sum({"sample": recipe.sampling.n, "gold": 0, "pair": 0}.get(kind, 1) for kind in recipe.candidates.kinds)
+        prompts = (
+            recipe.lesson.prompts if recipe.prompts.source == "pool" else recipe.rounds * (recipe.prompts.count or 0)
+        )
+        assert prompts * each == (0 if name == "dpo (offline)" else 2400), name
+        assert recipe.lesson.seed_pairs == 100
+
+
+def test_a_cell_with_a_recipe_of_its_own(base: Recipe) -> None:
+    """It starts from that recipe on the study's scale; what was asked for is kept, what the base's own says is not."""
+    asked = {"rounds": 2, "inputs.model": "toy"}
+    found = changed(base, {RECIPE: "sao", "sampling.temp": 0.9}, asked)
+    assert (found.name, found.loss.kind, found.scale) == ("sao", "simpo", base.scale)
+    assert (found.rounds, found.inputs.model, found.sampling.temp) == (2, "toy", 0.9)
+    assert found.refine.window != base.refine.window, "nobody asked for the base's"
+    varied = {RECIPE: ["spa", "sao"], "loss.kind": ["dpo", "simpo"]}
+    plain = build(layers_of("spa", "lesson"))[0]
+    assert [cell.name for cell in cells_of(varied, plain, "grid")] == [
+        "base",
+        "loss.kind=simpo",
+        "recipe=sao, loss.kind=dpo",
+        "recipe=sao",
+    ]
 
 
 def test_a_study_of_ones_own(tmp_path: Path) -> None:
@@ -134,6 +191,8 @@ def test_a_study_of_ones_own(tmp_path: Path) -> None:
         ("cels: {a: {}}", "must hold a study"),
         ("cells: {a: {}}\nseeds: 3", "'seeds' is no part"),
         ("cells: {a: 3}", "setting: value"),
+        ("cells: {a: {recipe: spinn}}", "there is no recipe 'spinn'; did you mean spin"),
+        ("settings: {recipe: 3}\ncells: {a: {}}", "there is no recipe '3'"),
         ("cells: [", "not valid YAML"),
     ]:
         path.write_text(text)
@@ -301,6 +360,27 @@ def test_the_command(words: list[str], tmp_path: Path, capfd: pytest.CaptureFixt
     code, out, err = call(capfd, [*words, "--vary", "judge=implicit,random,longest"])
     assert "6 stages to compute (about" in err
     assert len(list((folder / "cells").iterdir())) == 6
+
+
+def test_recipes_side_by_side(words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A column says which; every line has what its own recipe has; one that cannot run is a line with the reason."""
+    code, out, err = call(capfd, [*words, "--vary", "recipe=spa,spa-official,sao", "--vary", "tie=a,b", "--dry-run"])
+    assert code == 0, err
+    assert "6 cells" in err
+    code, out, err = call(capfd, [*words, "--vary", "recipe=dpo", "--vary", "loss=simpo", "--dry-run"])
+    assert "cannot run: recipe=dpo, loss.kind=simpo: loss=simpo has no reference" in " ".join(err.split())
+    vary = [*words, "--vary", "recipe=spa-official", "--vary", "tie=a", "--one-at-a-time", "--json"]
+    code, out, err = call(capfd, vary)
+    assert code == 0, err
+    base, other, _ = sorted(json.loads(out)["cells"], key=lambda cell: "base recipe judge".index(cell["cell"][:4]))
+    assert (base["cell"], other["settings"]) == ("base", {"recipe": "spa-official", "judge.tie": "a"})
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert "identical: keep" in next(folder.glob("cells/recipe*/recipe.yaml")).read_text()
+    tokens = other["measures"]["sampled_tokens"]["values"]["0"]
+    samples = (next(folder.glob("cells/recipe*seed0/rounds/1")) / "samples.jsonl").read_text().splitlines()
+    assert tokens == sum(len(c["ids"]) for line in samples for c in json.loads(line)["completions"])
+    assert other["measures"]["seconds"]["mean"] > 0
+    assert "tokens" in (folder / "results.md").read_text()
 
 
 def test_a_study_in_use_is_left_alone(words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
