@@ -15,7 +15,7 @@ from spa_lite.keys import sample_key
 from spa_lite.objective import Dpo
 from spa_lite.recipe import build, load_layer
 from spa_lite.records import Row
-from spa_lite.stages import lora_shape
+from spa_lite.stages.workbench import lora_shape
 
 PROMPTS, REPEATS = 128, 3
 

@@ -28,6 +28,7 @@ from spa_lite.estimate import Case, Place, held, longest_of, memory, tokens_of
 from spa_lite.fit import batching_of, measured
 from spa_lite.keys import sample_key
 from spa_lite.lesson import MODEL_DIR
+from spa_lite.losses import dpo
 from spa_lite.objective import Refined, Window
 from spa_lite.prepare import model_settings
 from spa_lite.recipe import Recipe, build, load_layer
@@ -172,7 +173,7 @@ def one(case: dict[str, Any]) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # forget the largest resident set so far
     if case["kind"] == "train":
         backend.start_training(Optimizer())
-        refined = Refined(0.1, 0.1, 0.5, Window(), 0.2, 10)
+        refined = Refined(dpo(0.1), 0.1, 0.5, Window(), 0.2, 10)
         backend.dpo_step(texts(4 * backend.batching.micro_tokens), refined, 1e-4)
     elif case["kind"] == "judge":
         list(backend.logprob(texts(backend.batching.score_tokens), POLICY))

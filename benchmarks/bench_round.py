@@ -94,7 +94,8 @@ def our_round(options: Options, world: World, judged: list[Judgement]) -> Callab
         from spa_lite import backends, prepare
         from spa_lite.recipe import build, load_layer
         from spa_lite.records import Message, Prompt
-        from spa_lite.stages import Data, Workshop, read_judgements
+        from spa_lite.stages import Workshop
+        from spa_lite.stages.workbench import Data, read_judgements
         from spa_lite.store import Run
 
         scale = load_layer("scale", "lesson") if world.name == "lesson" else {}

@@ -105,11 +105,12 @@ def plain() -> Any:
 
 def refined() -> Any:
     """The refined loss with extrapolation, past its warm-up."""
+    from spa_lite.losses import dpo
     from spa_lite.objective import Refined, Window
 
     window = Window("paper", K=0.5, size=len(WINDOW))
     window.push(WINDOW)
-    return Refined(BETA, ALPHA, LAMBDA, window, warmup=0.0, total_steps=1)
+    return Refined(dpo(BETA), ALPHA, LAMBDA, window, warmup=0.0, total_steps=1)
 
 
 def gradients_of(backend: Any) -> dict[str, Any]:

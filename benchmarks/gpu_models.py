@@ -181,7 +181,7 @@ class Bench:
 
     def least(self, backend: Any, done: str, asked: Sequence[Ids], answer: float, slots: int = 1) -> float:
         """The seconds that work on two answers to each prompt takes at least: see `spa_lite.floor`."""
-        from spa_lite.estimate import Speed
+        from spa_lite.effort import Speed
         from spa_lite.floor import Sizes, Weights, fewest, floor_seconds
 
         sizes = Sizes(fmean(map(len, asked)), answer, 2, slots, backend.batching.micro_tokens)

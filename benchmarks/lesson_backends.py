@@ -31,7 +31,7 @@ from spa_lite.keys import sample_key
 from spa_lite.lesson import MODEL_DIR, source
 from spa_lite.objective import Dpo
 from spa_lite.records import Row
-from spa_lite.stages import read_judgements, read_samples
+from spa_lite.stages.workbench import read_judgements, read_samples
 
 NAMES = ("torch", "mlx")
 BIG = 1e6

@@ -26,7 +26,7 @@ def vote(
     import msgspec
 
     from spa_lite.cli import render
-    from spa_lite.stages import folder_digest
+    from spa_lite.stages.workbench import folder_digest
     from spa_lite.store import digest
     from spa_lite.votes import Match, Votes, file_name, questions_of
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +19,9 @@ from spa_lite.cli.streams import holds, local, writer
 from spa_lite.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
-    pass
+    from spa_lite.backend import Backend
+    from spa_lite.recipe import Recipe
+    from spa_lite.train import Example
 
 
 @command(
@@ -34,11 +37,16 @@ def sample(
     set_: Sets = None,
 ) -> None:
     """Answer the prompts of a round n times with the policy (--adapter-path; none: the bare model)."""
-    from spa_lite import backends, prepare
+    from spa_lite import backends, guards, prepare
     from spa_lite.cli import render
     from spa_lite.sample import sample as sample_step
 
     r, _ = resolve(given, set_ or [], config, recipe, scale, default_scale)
+    if r.rounds and not (guards.needs_pool(r) and r.candidates.kinds == ["sample"]):
+        raise RecipeError(
+            f"`sample` draws plain answers to given prompts, and recipe {r.name} has prompts={r.prompts.source} and "
+            f"candidates={','.join(r.candidates.kinds)}; `run` does the rest"
+        )
     if round_ > r.rounds:
         raise RecipeError(f"--round {round_} but rounds is {r.rounds}; raise --rounds")
     raw = prepare.Raw()
@@ -70,6 +78,7 @@ def sample(
         "lora",
         "seed_dpo",
         "loss",
+        "noise",
         "refine",
         "train",
         "batching",
@@ -79,7 +88,8 @@ def sample(
 def train(
     given: dict[str, Any],
     source: Annotated[
-        str, typer.Argument(metavar="FILE", help="Judgements (from `judge`) or human pairs; - is stdin.")
+        str,
+        typer.Argument(metavar="FILE", help="Judgements (from `judge`), human pairs, or rated answers; - is stdin."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the adapter and metrics.jsonl.")],
     round_: Round = 1,
@@ -88,18 +98,21 @@ def train(
     scale: Scale = None,
     set_: Sets = None,
 ) -> None:
-    """Train an adapter: refined DPO on judgements from --adapter-path, or the seed stage's DPO on human pairs."""
-    from spa_lite import backends, data, encode, objective, prepare
+    """Train an adapter: refined DPO on judgements from --adapter-path, or the seed stage's DPO on human pairs.
+
+    --loss and --noise change what is minimised; --loss kto also takes single answers with a label, true or false.
+    """
+    from spa_lite import backends, data, prepare
     from spa_lite import train as loop
-    from spa_lite.backend import POLICY, Lora
+    from spa_lite.backend import POLICY, PREVIOUS, Lora
     from spa_lite.checkpoint import Checkpoints
     from spa_lite.cli import render
     from spa_lite.estimate import longest_of_rows
     from spa_lite.files import move
     from spa_lite.fit import sizes_that_fit
+    from spa_lite.noise import objective_of
     from spa_lite.records import Judgement
-    from spa_lite.stages import lora_shape, round_objective
-    from spa_lite.train import Example
+    from spa_lite.stages.workbench import lora_shape
 
     r, _ = resolve(given, set_ or [], config, recipe, scale, default_scale)
     backends.check_trains(r.inputs.backend, r.inputs.model)
@@ -107,17 +120,16 @@ def train(
         judged = holds(path, "logratio_a")
         if judged and not holds(path, "prompt_ids"):
             raise DataError(f"{source} holds labels without token ids; write it again with `spa-lite judge --full`")
+        alone = not judged and holds(path, "label") and not holds(path, "chosen")
+        if alone and r.loss.kind != "kto":
+            raise RecipeError(
+                f"{source} holds single answers with a label, which only kto learns from; give --loss kto"
+            )
         if judged:
             rows = loop.pairs_of(list(data.iter_jsonl(path, Judgement)), r)
         backend = prepare.models_of(r, backends.load).backend
         if not judged:
-            pairs, told = data.read_pairs(path, skip_bad=r.inputs.skip_bad)
-            encoded, counts = encode.encode_pairs(
-                pairs, backend.tokenizer, context=backend.context, **limits(r, backend)
-            )
-            for line in told.lines() + counts.lines()[1:]:
-                render.note(line)
-            rows = [Example(pair.id, row) for pair, row in encoded]
+            rows = rated(path, r, backend) if alone else labelled(path, r, backend)
     if not rows:
         raise DataError(f"{source} holds no pair of different answers, so there is nothing to learn")
     before_use(backend, r)
@@ -127,12 +139,14 @@ def train(
     start = r.inputs.adapter_path or r.inputs.init_adapter
     backend.bind(POLICY, Path(start) if start else None, shape)
     backend.snapshot()
+    if judged and loop.reference_of(r) == "init":
+        backend.bind(PREVIOUS, Path(r.inputs.init_adapter) if r.inputs.init_adapter else None)
     backend.start_training(loop.optimizer_of(r))
     backend.batching = sizes_that_fit(r, backend, longest_of_rows([example.row for example in rows]))
     out.mkdir(parents=True, exist_ok=True)
-    plan = loop.round_plan(r, len(rows)) if judged else loop.seed_plan(r, len(rows))
-    loss = round_objective(r, round_, plan) if judged else objective.Dpo(r.loss.beta)
     stage, number = (f"round {round_} train", round_) if judged else ("seed", 0)
+    plan = loop.round_plan(r, len(rows), round_) if judged else loop.seed_plan(r, len(rows))
+    loss = objective_of(r if judged else unrefined(r), number, plan)
     with tempfile.TemporaryDirectory(dir=out, prefix=".train") as unfinished, render.progress() as report:
         saved = Checkpoints(Path(unfinished), tell=render.note)
         summary = loop.train(backend, rows, loss, plan, r, saved, report, stage, number)
@@ -140,3 +154,35 @@ def train(
             move(Path(unfinished) / name, out / name)
     print(msgspec.json.encode(summary).decode())
     render.note(f"adapter: {out / 'adapter'}")
+
+
+def labelled(path: Path, r: Recipe, backend: Backend) -> list[Example]:
+    """Human pairs as rows. Says what was left out or cut."""
+    from spa_lite import data, encode
+    from spa_lite.cli import render
+    from spa_lite.train import Example
+
+    pairs, told = data.read_pairs(path, skip_bad=r.inputs.skip_bad)
+    encoded, counts = encode.encode_pairs(pairs, backend.tokenizer, context=backend.context, **limits(r, backend))
+    for line in told.lines() + counts.lines()[1:]:
+        render.note(line)
+    return [Example(pair.id, row) for pair, row in encoded]
+
+
+def rated(path: Path, r: Recipe, backend: Backend) -> list[Example]:
+    """Answers that are desirable or not as rows of one response. Says what was left out or cut."""
+    from spa_lite import data, sft
+    from spa_lite.cli import render
+
+    answers, told = data.read_rated(path, skip_bad=r.inputs.skip_bad)
+    texts, names = [(one.messages, one.answer) for one in answers], [one.id for one in answers]
+    rows, counts = sft.rows_of(texts, backend, r, names)
+    for line in told.lines() + counts.lines()[1:]:
+        render.note(line)
+    good = {one.id: one.desirable for one in answers}
+    return [replace(row, desirable=good[row.id]) for row in rows]
+
+
+def unrefined(r: Recipe) -> Recipe:
+    """The recipe for labels of people: those are not searched for noise by their margins, as in the seed stage."""
+    return replace(r, noise=replace(r.noise, by="none")) if r.noise.by == "quantile" else r

@@ -54,7 +54,12 @@ def side_by_side(answers: Answers) -> None:
         return table
 
     # A console of its own: the other does not wrap.
-    with Live(get_renderable=table, console=Console(highlight=False), redirect_stdout=False, redirect_stderr=False):
+    with Live(
+        get_renderable=table,
+        console=Console(emoji=False, highlight=False),
+        redirect_stdout=False,
+        redirect_stderr=False,
+    ):
         for stage, (talk, pieces) in answers.items():
             exchange = heard(pieces, lambda text, cell=cells[stage]: cell.append(render.plain(text)))  # type: ignore[misc]
             for line in remarks(exchange, talk):

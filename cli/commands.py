@@ -17,6 +17,7 @@ from spa_lite.cli import (
     run,
     runs,
     serve,
+    sft,
 )
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "run",
     "runs",
     "serve",
+    "sft",
 ]

@@ -233,7 +233,7 @@ def show(
     stream = render.err if on_stderr else render.out
     asked = [Text(f"{m.role}: ", style="bold").append(render.plain(m.content), style="not bold") for m in messages]
     # The two consoles of `render` leave wrapping to the terminal, which would tear the rows apart.
-    console = stream if stream.is_terminal else Console(stderr=on_stderr, highlight=False, width=100)
+    console = stream if stream.is_terminal else Console(stderr=on_stderr, emoji=False, highlight=False, width=100)
     console.print(Group(Text(f"\n{title}", style="bold cyan"), *asked, table_of(answers, cut)), soft_wrap=False)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from spa_lite.prepare import Raw
     from spa_lite.recipe import Recipe
     from spa_lite.shape import Shape
-    from spa_lite.stages import Data
+    from spa_lite.stages.workbench import Data
 
 GB = 1e9
 
@@ -31,7 +31,7 @@ def show(recipe: Recipe, sources: dict[str, str], out: Path | None) -> None:
     from spa_lite.backends.outline import outline
     from spa_lite.cli.run import HOME, library_beside
     from spa_lite.fit import batching_of
-    from spa_lite.stages import longest as longest_in
+    from spa_lite.stages.workbench import longest as longest_in
 
     for path, source in sources.items():
         print(f"{path:<34} {recipe.get(path)!s:<24} {render.safe(source)}")
@@ -44,7 +44,7 @@ def show(recipe: Recipe, sources: dict[str, str], out: Path | None) -> None:
     sizes = batching_of(recipe)
     if models.backend.shape:
         sizes = _show_memory(recipe, models, models.backend.shape, longest)
-        _show_cache(recipe, models.backend.shape, str(used["dtype"]), raw)
+        _show_cache(recipe, models.backend.shape, str(used["dtype"]), _asked(recipe, data))
         if recipe.inputs.model:
             _show_elsewhere(recipe, models.backend.shape, longest)
     folder = (out or HOME / prepare.run_name(recipe, models, data)) if data and _has_weights(models) else None
@@ -52,15 +52,17 @@ def show(recipe: Recipe, sources: dict[str, str], out: Path | None) -> None:
     planned = _planned(recipe, models, data, folder, library)
     _show_stages(planned, library, folder)
     if not planned or any(stage.seconds(library) is None for stage in planned):
-        _show_arithmetic(recipe, models.backend.shape, sizes, raw, longest, str(used["device"]))
+        _show_arithmetic(recipe, models.backend.shape, sizes, data, longest, str(used["device"]))
 
 
 def _records(recipe: Recipe) -> Raw | None:
     """The records of the run; None if no file is named yet, so that a model can be looked at before there are any."""
     from spa_lite import prepare
+    from spa_lite.guards import needs_pairs, needs_pool
 
     i = recipe.inputs
-    if i.model and not (i.seed_pairs or i.prompts or i.no_seed_pairs):
+    needed = needs_pairs(recipe) or needs_pool(recipe) or recipe.prompts.source == "gold"
+    if i.model and needed and not (i.seed_pairs or i.prompts or i.gold or i.no_seed_pairs):
         render.note("no data were named, so lengths are the recipe's limits (give --seed-pairs and --prompts)")
         return None
     return prepare.read(recipe)
@@ -123,11 +125,20 @@ def _show_memory(recipe: Recipe, models: Models, shape: Shape, longest: Longest 
     return sizes
 
 
-def _show_cache(recipe: Recipe, shape: Shape, dtype: str, raw: Raw | None) -> None:
+def _asked(recipe: Recipe, data: Data | None) -> int:
+    """Prompts over all rounds, those that will be written as well; a round number of them where none were named."""
+    from spa_lite.guards import is_written
+    from spa_lite.stages.prompts import asked_for
+
+    if is_written(recipe):
+        return sum(asked_for(recipe, i) for i in range(1, recipe.rounds + 1))
+    return 1000 if data is None else sum(len(share) for share in data.rounds)
+
+
+def _show_cache(recipe: Recipe, shape: Shape, dtype: str, prompts: int) -> None:
     """What --cache-reference takes on the disk; nothing where it is not asked for."""
     from spa_lite.states import cache_bytes
 
-    prompts = len(raw.prompts) if raw else 1000
     size = sum(cache_bytes(recipe, shape, dtype, prompts, i) for i in range(1, recipe.rounds + 1)) // max(
         1, recipe.rounds
     )
@@ -206,27 +217,33 @@ def _show_stages(planned: list[Planned] | None, library: Library, folder: Path |
 
 
 def _show_arithmetic(
-    recipe: Recipe, shape: Shape | None, sizes: Batching, raw: Raw | None, longest: Longest | None, device: str
+    recipe: Recipe, shape: Shape | None, sizes: Batching, data: Data | None, longest: Longest | None, device: str
 ) -> None:
     """Time from the model's arithmetic; without data, for round numbers of them."""
-    from spa_lite.estimate import cpu_speed, seconds, work
+    from spa_lite.effort import cpu_speed, seconds, work
+    from spa_lite.guards import needs_pairs
 
     if shape is None:
         return
     if device != "cpu":
         print("time: not known for a GPU before stages were measured here; a run with --limit-prompts tells")
         return
-    prompts, pairs, held_out = (1000, 100, 0)
-    if raw is not None:
-        prompts, pairs = len(raw.prompts), len(raw.seed_pairs)
-        held_out = min(len(raw.held_out_pairs), recipe.measure.pairs)
-    found = work(shape, recipe, sizes, prompts, pairs, held_out, longest=longest)
+    prompts, pairs, held_out, answered = _asked(recipe, data), 100, 0, 0
+    if data is not None:
+        pairs, held_out = len(data.seed_pairs), len(data.held_out_pairs)
+        answered = len(data.held_out_prompts) if data.gold else 0
+    pairs = pairs if needs_pairs(recipe) else 0
+    found = work(shape, recipe, sizes, prompts, pairs, held_out, longest=longest, answered=answered)
     speed = cpu_speed()
     times = {kind: seconds(some, speed) for kind, some in found.items()}
     parts = ", ".join(f"{kind} {render.duration(time)}" for kind, time in times.items() if time >= 1)
     total = render.duration(sum(times.values()))
+    used = " and ".join(f"{count} {what}" for count, what in ((pairs, "pairs"), (prompts, "prompts")) if count)
     print(
-        f"time on this CPU for {pairs} pairs and {prompts} prompts: about {total} ({parts}); from "
+        f"time on this CPU for {used}: about {total} ({parts}); from "
         f"{speed.flop / GB:.0f} GFLOP/s measured now, good to a factor of two or so, and with texts as long as the "
         "longest"
     )
+    others = {recipe.judge.by, recipe.pairing.gap_judge} & {"reward-model", "openai"} if recipe.rounds else None
+    if others:
+        print(f"not in it: the model that judges ({', '.join(sorted(map(str, others)))})")

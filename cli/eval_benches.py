@@ -22,7 +22,7 @@ from spa_lite.events import ticking
 from spa_lite.files import digest_file
 from spa_lite.head_to_head import head_to_head
 from spa_lite.records import Prompt
-from spa_lite.stages import folder_digest
+from spa_lite.stages.workbench import folder_digest
 from spa_lite.store import digest
 
 # --- AlpacaEval ------------------------------------------------------------------------------------------------

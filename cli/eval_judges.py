@@ -19,7 +19,7 @@ from spa_lite.models import Models
 from spa_lite.opinion import Judge, Opinion
 from spa_lite.recipe import Recipe
 from spa_lite.records import Sample
-from spa_lite.stages import folder_digest
+from spa_lite.stages.workbench import folder_digest
 
 if TYPE_CHECKING:
     from spa_lite.asking import Asked
@@ -40,6 +40,7 @@ def judging_recipe(work: Work, lesson: bool = False) -> Recipe:
         r = replace(r, judge=replace(r.judge, by="gold"))
     if not work.asked_for("inputs.adapter_path"):  # pi_0 of a run is not its judge
         r = replace(r, inputs=replace(r.inputs, adapter_path=None))
+    judges.check_origin(r)
     judges.check(r)
     apart = r.judge.reference == "none" or r.inputs.adapter_path or r.inputs.init_model
     if r.judge.by == "implicit" and not apart:

@@ -19,7 +19,7 @@ from spa_lite.models import Models
 from spa_lite.recipe import Recipe
 from spa_lite.records import Prompt, Sample
 from spa_lite.rounds import policies_of
-from spa_lite.stages import folder_digest
+from spa_lite.stages.workbench import folder_digest
 
 
 def stages_of(work: Work) -> list[Side]:

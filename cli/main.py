@@ -50,7 +50,7 @@ def main() -> None:
         if code == 130:  # how Typer returns from KeyboardInterrupt
             kept = "everything so far is kept: run the same command again to go on"
             name = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-            note(f"interrupted; {kept}" if name in {"run", "ablate", "eval", "compare"} else "interrupted")
+            note(f"interrupted; {kept}" if name in {"run", "ablate", "eval", "compare", "sft"} else "interrupted")
             code = next((EXIT_CODES[Signals(number)] for number in caught), 130)
         sys.exit(code)
     except SpaError as error:

@@ -17,8 +17,9 @@ GROUPS = [
     *("inputs.skip_bad", "model", "lengths"),
 ]
 """Settings of the commands that read one file under a policy and a reference."""
-JUDGING = [path for path in SETTINGS if path.startswith("judge.") and path != "judge.rescore"]
-"""Settings of a judge that is not part of a run: it knows of no sampler, and scores all that it is given."""
+JUDGING = [path for path in SETTINGS if path.startswith("judge.") and path not in {"judge.rescore", "judge.adapter"}]
+"""Settings of a judge that is not part of a run: it knows of no sampler, scores all that it is given, and its policy is
+--adapter-path."""
 
 
 def limits(r: Recipe, backend: Backend) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from rich.text import Text
 from spa_lite.events import Event, Report
 from spa_lite.throughput import Pace, Went, totals
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(emoji=False, highlight=False, soft_wrap=True)
+err = Console(stderr=True, emoji=False, highlight=False, soft_wrap=True)
 
 
 def safe(text: str) -> str:
@@ -185,12 +185,16 @@ def summary_tables(summary: Mapping[str, Any], spent: Spent) -> list[Table]:
         columns += ["win rate vs init %", "labels right %"]
     if any(row.get("pair_accuracy") for row in rows):
         columns += ["held-out pairs %"]
-    columns += ["length", "flagged %"] + (["of them wrong"] if has_gold else []) + ["loss", "seconds"]
+    columns += ["length"]
+    if summary.get("flags", True):
+        columns += ["flagged %"] + (["of them wrong"] if has_gold else [])
+    columns += ["loss", "seconds"]
     for name in columns:
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*[_cell(row, name, spent) for name in columns])
-    more = [_criteria(rows)] if has_gold else []
+    more = [_written(rows)] if any(row.get("prompted") for row in rows) else []
+    more += [_criteria(rows)] if has_gold else []
     fast = throughput_table([spent[row["stage"]] for row in rows if row["stage"] in spent])
     return [table, *more, *([fast] if fast else [])]
 
@@ -240,6 +244,21 @@ def _cell(row: Mapping[str, Any], column: str, spent: Spent) -> str:
     return number(sum(stage["seconds"] for stage in spent.get(str(row["stage"]), {}).values()), 1)
 
 
+def _written(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What became of the prompts that the model wrote."""
+    table = Table(title="prompts written", title_justify="left")
+    without = any("repeated_without_personas" in (row.get("prompted") or {}) for row in rows)
+    names = {"asked": "asked for", "kept": "kept", "similar": "too similar", "unreadable": "no prompt"}
+    for name in ["stage", *names.values(), "repeat %", *(["with personas %", "without %"] if without else [])]:
+        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
+    for row in rows:
+        if found := row.get("prompted"):
+            shares = ["repeated", *(["repeated_with_personas", "repeated_without_personas"] if without else [])]
+            cells = [number(None if found.get(s) is None else 100 * found[s], 1) for s in shares]
+            table.add_row(str(row["stage"]), *[str(found[name]) for name in names], *cells)
+    return table
+
+
 def _criteria(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Mean gold per criterion, so that nobody wins by endings alone."""
     names = list(next(row["gold"] for row in rows if row.get("gold")))
@@ -254,7 +273,7 @@ def _criteria(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def show(table: Table) -> None:
     """Print a table on stdout; wide enough for its columns when nobody is looking."""
-    console = out if out.is_terminal else Console(highlight=False, width=160)
+    console = out if out.is_terminal else Console(emoji=False, highlight=False, width=160)
     console.print(table)
 
 

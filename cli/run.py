@@ -12,7 +12,7 @@ import typer
 from spa_lite.cli import trackers
 from spa_lite.cli.checks import before_use
 from spa_lite.cli.main import app
-from spa_lite.cli.options import command, resolve
+from spa_lite.cli.options import Named, command, resolve
 
 if TYPE_CHECKING:
     from spa_lite.library import Library
@@ -32,9 +32,7 @@ def default_scale(flat: dict[str, Any]) -> str:
 def run(
     given: dict[str, Any],
     config: Annotated[Path | None, typer.Option("-c", "--config", help="YAML file of settings; flags win.")] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="The method: spa, spa-official, or a YAML file (default: spa)")
-    ] = None,
+    recipe: Named = None,
     scale: Annotated[
         str | None,
         typer.Option(
@@ -81,6 +79,7 @@ def run(
     import msgspec
 
     from spa_lite import prepare
+    from spa_lite.axes import one_line
     from spa_lite.backends.speed import speed
     from spa_lite.cli import render
     from spa_lite.files import read_json
@@ -105,6 +104,7 @@ def run(
     place = Run(folder, None if fresh else library_beside(folder))
     place.floor = Floor(models, resolved, data, speed).seconds
     render.note(f"run folder: {folder}")
+    render.note(f"recipe {resolved.name}: {one_line(resolved)}")
     with (
         render.progress() as progress,
         trackers.tracked(progress, resolved.report_to, folder, resolved.to_dict()) as report,

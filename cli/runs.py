@@ -347,12 +347,14 @@ def _facts(reading: Reading, line: Overview) -> Table:
     """What a run is, and the settings that are not as its recipe and scale have them."""
     from rich.table import Table
 
+    from spa_lite.axes import one_line
     from spa_lite.cli.render import safe
     from spa_lite.inventory import differences
 
     facts = {
         "run": str(reading.place.folder),
         "recipe": f"{line.recipe} {line.scale}".strip() or "-",
+        "made of": one_line(reading.recipe) if reading.recipe else "-",
         "model": _model(line),
         "computed on": ", ".join(_makers(reading)) or "-",
         "state": _state(line),

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from spa_lite.models import Models
     from spa_lite.recipe import Recipe, build, load_layer
     from spa_lite.spa import align
-    from spa_lite.stages import Data
+    from spa_lite.stages.workbench import Data
     from spa_lite.store import Run
 
 _HOME = {

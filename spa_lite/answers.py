@@ -28,7 +28,7 @@ from spa_lite.recipe import Recipe, that_matter
 from spa_lite.records import Completion, Message, Prompt, Sample
 from spa_lite.sample import sample
 from spa_lite.sources import BadRecord, Fields
-from spa_lite.stages import folder_digest
+from spa_lite.stages.workbench import folder_digest
 from spa_lite.store import HEAD, digest
 
 ADAPTERS, MODEL = ("adapter_config.json", "adapter.gguf"), "config.json"

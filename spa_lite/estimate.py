@@ -1,28 +1,24 @@
-"""What a run will need before anything is loaded: memory from a model's shape, time from its arithmetic.
+"""What memory a run will need before anything is loaded, from a model's shape (the time: `spa_lite.effort`).
 
 A shape is read from `config.json` alone. The memory of a stage is what its backend holds at its worst moment; the
 formulas follow the code in `backends/`, and `benchmarks/bench_memory.py` compares them with what was measured.
-Everything is in bytes, FLOP and seconds.
+Everything is in bytes.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-
+from spa_lite import guards
 from spa_lite.backend import Activations, Backend, Batching
 from spa_lite.recipe import Recipe
 from spa_lite.records import Row
 from spa_lite.shape import Shape
 
 GIB = 2**30
-
-# -- memory ----------------------------------------------------------------------------------------------------------
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
@@ -95,12 +91,13 @@ HEAP_FORWARD = 1.6
 @dataclass(frozen=True)
 class Longest:
     """The longest texts of a run, in tokens: a prompt, a sampled answer, a labelled pair's prompt with an answer, and
-    the longest line of such a pair with both (0: not known)."""
+    the longest line of such a pair with both (0: not known). `responses`: how many are trained on beside each other."""
 
     prompt: int
     answer: int
     pair: int
     labelled: int = 0
+    responses: int = 2
 
     @property
     def single(self) -> int:
@@ -109,21 +106,33 @@ class Longest:
 
     @property
     def row(self) -> int:
-        """A prompt with two answers on one line, as it is trained on (`tokens_of`)."""
-        sampled = self.prompt + 2 * max(0, self.answer - 1)
+        """A prompt with its answers on one line, as it is trained on (`tokens_of`)."""
+        return self.line(self.responses)
+
+    def line(self, responses: int) -> int:
+        """The same with so many sampled answers; labelled ones are two."""
+        sampled = self.prompt + responses * max(0, self.answer - 1)
         return max(sampled, self.labelled or 2 * self.pair - self.prompt - 2)
 
     def part(self, share: int) -> Longest:
         """Texts that are so many times shorter."""
-        return Longest(*(ceil(size / share) for size in (self.prompt, self.answer, self.pair, self.labelled)))
+        prompt, answer, pair, labelled = (
+            ceil(size / share) for size in (self.prompt, self.answer, self.pair, self.labelled)
+        )
+        return Longest(prompt, answer, pair, labelled, self.responses)
 
 
 def longest_of(recipe: Recipe, shape: Shape) -> Longest:
     """What the recipe's limits and the model's context allow. Real data are mostly shorter."""
     prompt = min(recipe.lengths.max_prompt_length, shape.context - 1)
     answer = min(recipe.sampling.max_tokens, shape.context - prompt)
-    has_pairs = not recipe.inputs.no_seed_pairs
-    return Longest(prompt, answer, min(recipe.lengths.max_length, shape.context) if has_pairs else prompt + answer)
+    pair = min(recipe.lengths.max_length, shape.context) if guards.needs_pairs(recipe) else prompt + answer
+    return Longest(prompt, answer, pair, responses=responses_of(recipe))
+
+
+def responses_of(recipe: Recipe) -> int:
+    """Answers of a row that is trained on: chosen, rejected, and for a loss that is optimistic a third."""
+    return 3 if recipe.rounds and recipe.loss.optimism else 2
 
 
 def longest_of_rows(rows: Sequence[Row]) -> Longest:
@@ -261,7 +270,16 @@ class Case:
     @property
     def line(self) -> int:
         """Tokens that the longest row takes: of one line, or of two where that would be longer than the context."""
-        return self.longest.row if self.longest.row <= self.shape.context else 2 * self.longest.single
+        return self._line(self.longest.responses)
+
+    @property
+    def judged(self) -> int:
+        """The same of a prompt with all the answers that are judged."""
+        return self._line(max(2, guards.answers_per_prompt(self.recipe)))
+
+    def _line(self, responses: int) -> int:
+        found = self.longest.line(responses)
+        return found if found <= self.shape.context else responses * self.longest.single
 
     @property
     def tile(self) -> float:
@@ -301,19 +319,34 @@ class Case:
         )
 
     def sampling(self, prompts: int) -> tuple[float, float]:
-        """The cache, and what reading the prompts or the logits of a step take beyond it."""
-        s, n, way = self.shape, self.recipe.sampling.n, self.place.habits
-        room = -(-(self.longest.prompt + self.longest.answer) // way.room) * way.room
+        """The cache, and what reading the prompts or the logits of a step take beyond it: of the kind of texts that
+        takes most."""
+        return max((self._decoding(prompts, *texts) for texts in self.drawn), key=sum)
+
+    @property
+    def drawn(self) -> list[tuple[int, int, int]]:
+        """(prompt, answers, tokens of an answer) of every kind of text that is drawn."""
+        r, prompt, answer = self.recipe, self.longest.prompt, self.longest.answer
+        found = [(prompt, r.sampling.n if "sample" in r.candidates.kinds else 1, answer)]
+        if "improve" in r.candidates.kinds:
+            found.append((prompt + answer, 1, answer))
+        if guards.is_written(r):
+            found.append((r.lengths.max_prompt_length, 1, r.prompts.max_tokens))
+        return found
+
+    def _decoding(self, prompts: int, prompt: int, n: int, answer: int) -> tuple[float, float]:
+        s, way = self.shape, self.place.habits
+        room = -(-(prompt + answer) // way.room) * way.room
         cache = 2 * s.layers * s.keys * self.width * prompts * n * room
-        reading = min(prompts * self.longest.prompt, max(way.read, prompts))
+        reading = min(prompts * prompt, max(way.read, prompts))
         step = 4 * 5 * prompts * n * s.vocabulary
-        beyond = max(self.forward(self.longest.prompt) * reading - cache * (1 - 1 / n), step)
+        beyond = max(self.forward(prompt) * reading - cache * (1 - 1 / n), step)
         return self.without_gradients(way.cache * cache, reading), self.without_gradients(beyond, reading)
 
     def scoring(self, tokens: int) -> float:
         """A forward of so many tokens without gradients, of one row at least, then the head over its answers."""
-        tokens = max(tokens, self.line)
-        work = max(self.without_gradients(self.forward(self.line) * tokens, tokens), self.tile / 2)
+        tokens = max(tokens, self.judged)
+        work = max(self.without_gradients(self.forward(self.judged) * tokens, tokens), self.tile / 2)
         return work + self.number * self.shape.hidden * tokens
 
     def forward(self, keys: int) -> float:
@@ -327,129 +360,3 @@ class Case:
         way = self.place.habits
         on_heap = way.heap and self.number * tokens * self.shape.intermediate < MAPPED
         return size * (HEAP_FORWARD if on_heap else way.slack)
-
-
-# -- time ------------------------------------------------------------------------------------------------------------
-
-SPEED_SECONDS = 0.3
-EFFICIENCY = 0.5
-"""Share of a matrix product's speed that whole stages reach: seven runs on a CPU reached 0.3 to 0.8."""
-RESCORED = {"always": 1.0, "check": 0.02, "never": 0.0}
-"""Share of the sampled answers that the judge scores under the policy again, by `judge.rescore`."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """Arithmetic and memory traffic of one stage."""
-
-    flop: float
-    bytes: float
-
-    def __add__(self, other: Work) -> Work:
-        return Work(self.flop + other.flop, self.bytes + other.bytes)
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What a machine does per second: FLOP of matrix products, and bytes read."""
-
-    flop: float
-    bytes: float
-
-
-def work(
-    shape: Shape,
-    recipe: Recipe,
-    sizes: Batching,
-    prompts: int,
-    pairs: int,
-    held_out: int,
-    *,
-    longest: Longest | None = None,
-    width: int = 4,
-) -> dict[str, Work]:
-    """Work of a whole run by kind of stage: seed, sample, judge, train, measure.
-
-    `prompts`: over all rounds; `pairs`: labelled; `held_out`: labelled pairs that are measured after every stage.
-    `longest` should be typical lengths here: what a run takes grows with the mean, not the maximum. `width`: bytes
-    per weight. A token costs two FLOP per parameter that it passes, and attention two per layer, width and place.
-    """
-    longest = longest or longest_of(recipe, shape)
-    prompt, answer, n = longest.prompt, longest.answer, recipe.sampling.n
-    read = shape.parameters * width
-    human = max(1, (longest.row - prompt) // 2)  # tokens of an answer of a labelled pair
-    rounds = recipe.rounds > 0
-    again = min(1.0, sizes.checkpointed / shape.layers)
-
-    def forward(rows: float, n: int, answer: int, at_once: int, times: float = 1, head: float | None = None) -> Work:
-        """A pass over rows of a prompt with n answers. `head`: how often the head is passed, if not as often."""
-        line = prompt + n * answer
-        body = 2 * shape.body * line + 2 * shape.layers * shape.queries * (
-            prompt**2 + n * answer * (2 * prompt + answer)
-        )
-        heads = 2 * shape.vocabulary * shape.hidden * n * answer
-        flop = rows * (times * body + (times if head is None else head) * heads)
-        return Work(flop, times * read * rows * line / max(line, at_once))
-
-    def training(rows: float, answer: int, reference: float) -> Work:
-        """Policy and the gradient of what flows, some layers once more, and (a share of the steps) the reference."""
-        return forward(rows, 2, answer, sizes.micro_tokens, 2 + again + reference, 2 + reference)
-
-    def decode(count: int) -> Work:
-        steps = count / max(1, sizes.sample) * answer
-        attention = 4 * shape.layers * shape.queries * (prompt + answer / 2)
-        tokens = count * n * answer
-        reading = forward(count, 1, 0, sizes.sample * prompt)
-        places = 2 * shape.layers * shape.keys * width * (prompt + answer / 2)
-        return reading + Work(
-            tokens * (2 * (shape.body + shape.vocabulary * shape.hidden) + attention), steps * read + tokens * places
-        )
-
-    sampled = prompts if rounds else 0
-    scored = RESCORED[recipe.judge.rescore] + (recipe.judge.reference != "none")
-    return {
-        "seed": training(0 if recipe.inputs.no_seed_pairs else pairs * recipe.seed_dpo.epochs, human, 1),
-        "sample": decode(sampled),
-        "judge": forward(sampled, n, answer, sizes.score_tokens, scored),
-        "train": training(sampled * recipe.train.epochs, answer, extrapolating(recipe)),
-        "measure": forward(held_out, 2, human, sizes.score_tokens, 2 * (recipe.rounds + 1)),
-    }
-
-
-def extrapolating(recipe: Recipe) -> float:
-    """Share of a round's steps that pass the reference: those that extrapolate, unless its states are kept on disk."""
-    r = recipe.refine
-    return 0.0 if not r.alpha or recipe.train.cache_reference else 1 - r.warmup
-
-
-def seconds(done: Work, speed: Speed) -> float:
-    """Seconds for some work: its arithmetic or its reading, whichever takes longer. Good to a factor of two or so.
-
-    With the speed that `cpu_speed` found, real runs took 0.6 to 1.2 times the result, and one sampling run 1.7 times:
-    training, sampling and scoring with Llamas of 25 and 55 M parameters (one thread, float32, PyTorch and MLX). No GPU
-    was measured.
-    """
-    return max(done.flop / (EFFICIENCY * speed.flop), done.bytes / speed.bytes)
-
-
-def cpu_speed() -> Speed:
-    """This CPU's speed in float32, as NumPy's matrix product and a large sum find it, in under half a second.
-
-    It uses as many threads as NumPy does, which may not be as many as the backend. `seconds` says how good it is.
-    """
-    a = np.ones((512, 512), dtype=np.float32)
-    b = np.empty(2**23, dtype=np.float32)
-    b.fill(1)
-    flop = _rate(lambda: a @ a, 2 * 512**3)
-    return Speed(flop, _rate(b.sum, b.nbytes))
-
-
-def _rate(call: Callable[[], Any], amount: float) -> float:
-    """The best rate of a call, tried for a moment, the first time not counted."""
-    call()
-    best, end = 0.0, time.perf_counter() + SPEED_SECONDS / 2
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        best = max(best, amount / (time.perf_counter() - start))
-    return best

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from spa_lite import objective
+from spa_lite.carry import of_round
 from spa_lite.credit import Credit
 from spa_lite.figures import visible
 from spa_lite.recipe import Recipe, for_round
@@ -128,13 +129,16 @@ def _both(name: str, formula: str, where: str, chosen: float, rejected: float) -
 
 def trained_terms(seen: Trained, recipe: Recipe, round_: int) -> tuple[Term, ...]:
     """From the margin in training to the gradient. A term whose number is not known has no value."""
-    f, beta, m = recipe.refine, recipe.loss.beta, None if seen.margin is None else np.float64(seen.margin)
+    f, m = recipe.refine, None if seen.margin is None else np.float64(seen.margin)
+    if not is_dpo(recipe):
+        return (_pair("margin m", f"as loss={recipe.loss.kind} has it", "docs/losses.md", seen.margin),)
+    beta = of_round(recipe.loss.round_betas, round_, recipe.loss.beta)
     lambda_, z = for_round(recipe, round_), noisy(seen, recipe)
     doubt = None if seen.softened is None else float(seen.softened)
     slope = None if m is None or doubt is None else np.array([objective.refined_slope(m, doubt, f.alpha)])
     pull = None if slope is None else objective.pair_coefficients(slope, beta)
     loss = None if m is None or doubt is None else float(objective.refined_loss(m, doubt, f.alpha))
-    return (
+    terms = (
         _pair("margin m", "β (log π_θ/π_ref(y_w) − log π_θ/π_ref(y_l))", "Eq. 5", seen.margin),
         _pair("p_θ(y_w ≻ y_l)", "σ(m)", "Eq. 5", None if m is None else float(objective.preference(m))),
         _pair("DPO loss", "−log σ(m)", "Eq. 6", None if m is None else float(objective.dpo_loss(m))),
@@ -151,6 +155,19 @@ def trained_terms(seen: Trained, recipe: Recipe, round_: int) -> tuple[Term, ...
             rejected=None if pull is None else float(pull[1]),
         ),
     )  # fmt: skip
+    of_flags = {"extrapolated margin m*", "threshold τ", "flag z", "refined loss"}
+    return terms if refines(recipe) else tuple(term for term in terms if term.name not in of_flags)
+
+
+def is_dpo(recipe: Recipe) -> bool:
+    """Whether a round trains by DPO, refined or plain: what the terms here tell of."""
+    x = recipe.loss
+    return x.kind == "dpo" and not (x.nll or x.optimism) and recipe.noise.by in {"quantile", "none"}
+
+
+def refines(recipe: Recipe) -> bool:
+    """Whether pairs may be flagged as noise."""
+    return recipe.noise.by == "quantile"
 
 
 def _pair(name: str, formula: str, where: str, value: float | None, digits: int = 4) -> Term:
@@ -165,7 +182,7 @@ def _threshold_in_words(recipe: Recipe) -> str:
 
 def noisy(seen: Trained, recipe: Recipe) -> float | None:
     """z of Eq. 9: whether the pair is taken for noise, warm-up or not. None where that cannot be known."""
-    if not recipe.refine.alpha:
+    if not recipe.refine.alpha or not refines(recipe):
         return 0.0
     if seen.softened:
         return 1.0
@@ -178,6 +195,9 @@ def noisy(seen: Trained, recipe: Recipe) -> float | None:
 def reasons(seen: Trained, recipe: Recipe) -> tuple[str, ...]:
     """Why the pair was flagged or not, in sentences."""
     f, z, would = recipe.refine, noisy(seen, recipe), seen.step is None
+    if not refines(recipe):
+        other = "" if is_dpo(recipe) else f" The terms of loss={recipe.loss.kind} are in docs/losses.md."
+        return (f"Not flagged: with noise={recipe.noise.by} no pair is.{other}",)
     if not f.alpha:
         return ("Not flagged: refinement is off (refine.alpha = 0).",)
     if seen.tau is None and seen.extrapolated is None and seen.step is None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from spa_lite import data
+from spa_lite import data, guards, pairing
 from spa_lite.backend import INIT, POLICY, PREVIOUS, Backend, Batch, Floats, Optimizer, Outcome
 from spa_lite.credit import Credit, credit
 from spa_lite.encode import encode_answers
@@ -25,9 +25,11 @@ from spa_lite.explain import Answer, Explanation, Trained, judged_terms, noisy, 
 from spa_lite.files import lines_of
 from spa_lite.fit import halving
 from spa_lite.judge import best_and_worst, scorer
-from spa_lite.objective import Window, pair_margins
+from spa_lite.losses import dpo
+from spa_lite.objective import Window
 from spa_lite.recipe import Recipe, build, for_round, read_yaml
 from spa_lite.records import Completion, Judgement, Row, Sample, Side
+from spa_lite.train import reference_of
 
 Load = Callable[[Recipe], Backend]
 REFERENCE = "reference"
@@ -74,6 +76,8 @@ def explain_run(path: Path, row: int, load: Load, changes: Mapping[str, Any] | N
         _stored(letter, side, known.get(letter, ()), notes)
         for letter, side in sorted([("a", judgement.a), ("b", judgement.b)], key=lambda s: s[0] != judgement.label)
     )
+    if judgement.judge != "implicit":
+        notes.append(f"The label is that of the judge {judgement.judge}; the implicit reward had no say in it.")
     seen, words = trained_in(place, recipe, judgement, notes)
     return Explanation(
         source=str(path),
@@ -124,9 +128,12 @@ def _credits(
     i, needs = recipe.inputs, {}
     given = i.adapter_path or i.init_adapter
     init = Path(i.init_adapter) if i.init_adapter else None
-    is_given = place.round == 1 and i.no_seed_pairs  # else the seed stage made π_0
+    is_given = place.round == 1 and not guards.has_seed_stage(recipe)  # else the seed stage made π_0
     needs[POLICY] = (Path(given) if given else None) if is_given else place.file("adapter", back=1)
     lagged = recipe.judge.reference == "lagged" and place.round > 1
+    if needs[POLICY] == init and not i.init_model and recipe.judge.reference != "none":
+        notes.append("Policy and reference are both π_init in this round, so no log-ratio is other than 0.")
+        return {}
     needs[REFERENCE] = place.file("adapter", back=2) if lagged else init
     if i.init_model and recipe.judge.reference == "init":
         notes.append("No credit per token: π_init is another model, and both are never in memory together.")
@@ -152,8 +159,9 @@ def trained_in(place: Place, recipe: Recipe, judgement: Judgement, notes: list[s
         return None, f"Round {place.round} has not been trained yet, so nothing was flagged."
     found = [n for n, line in enumerate(lines) if judgement.id in line["ids"]]
     if not found:
-        same = " because its answers are the same tokens" if judgement.a.ids == judgement.b.ids else ""
-        return None, f"The pair was not trained on{same}."
+        why = {"identical": "its answers are the same tokens", "tie": "it is a tie", "gap": "its scores are too close"}
+        reason = why.get(pairing.why_not(judgement, recipe))
+        return None, "The pair was not trained on" + (f" because {reason}." if reason else ".")
     line, before = lines[found[0]], sum(_margins(line) for line in lines[: found[0]])
     at = line["ids"].index(judgement.id)
     if len(found) > 1:
@@ -166,7 +174,8 @@ def trained_in(place: Place, recipe: Recipe, judgement: Judgement, notes: list[s
         notes.append(
             "The log has one threshold per step, that of its first pair; under this rule it moves pair by pair."
         )
-    notes.append(f"The margin in training is that before step {line['step']}, against π_{place.round - 1}.")
+    against = {"prev": f", against π_{place.round - 1}", "init": ", against π_init"}.get(reference_of(recipe), "")
+    notes.append(f"The margin in training is that before step {line['step']}{against}.")
     return Trained(
         margin=_item(line.get("margins"), at),
         extrapolated=_item(line.get("extrapolated_margins"), at),
@@ -350,11 +359,11 @@ class Look:
     sequential = False
 
     def __init__(self, beta: float, lambda_: float) -> None:
-        self.beta, self.extrapolation = beta, lambda_
+        self.loss, self.extrapolation = dpo(beta), lambda_
 
     def __call__(self, batch: Batch) -> Outcome:
         """The extrapolated margins of a batch, as a metric."""
-        margins = pair_margins(batch, batch.extrapolated if self.extrapolation else batch.logp, self.beta)
+        margins = self.loss.margins(batch, batch.extrapolated if self.extrapolation else batch.logp)
         return Outcome(np.zeros(len(margins)), np.zeros(len(batch.logp)), {"extrapolated_margin": margins})
 
 

@@ -161,7 +161,7 @@ def _score_tokens(recipe: Recipe, case: Case, room: float) -> int:
     """Tokens per forward in scoring."""
     if recipe.batching.score_tokens:
         return recipe.batching.score_tokens
-    tries = list(halves(usual_sizes(case.place).score_tokens, case.line))
+    tries = list(halves(usual_sizes(case.place).score_tokens, case.judged))
     return next((tokens for tokens in tries if case.scoring(tokens) <= room), tries[-1])
 
 

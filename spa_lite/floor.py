@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from spa_lite import guards
 from spa_lite.backend import Backend
+from spa_lite.effort import Speed, Work
 from spa_lite.errors import ModelError
-from spa_lite.estimate import Speed, Work
 from spa_lite.models import Models
 from spa_lite.recipe import Recipe
+from spa_lite.records import Row
 from spa_lite.shape import Shape
-from spa_lite.stages import Data
+from spa_lite.stages.workbench import Data
 from spa_lite.store import Stage
 from spa_lite.throughput import Went
 
@@ -85,7 +87,8 @@ class Floor:
         self._asked = False
 
     def seconds(self, stage: Stage, done: str, went: Went) -> float | None:
-        """Of what a stage did; None where model, speed or lengths are not known, or another model did it."""
+        """Of what a stage did; None where model, speed or lengths are not known, another model did it, or texts of
+        several kinds went through."""
         backend, shape = self._models.loaded, None
         with suppress(ModelError):  # a config that does not say it
             shape = backend.shape if backend else None
@@ -108,7 +111,8 @@ class Floor:
         if not prompts or not went.units:
             return None
         r, b = self._recipe, backend.batching
-        n = r.sampling.n if stage.kind in {"sample", "judge"} else 1 if done == "sampled" else 2
+        judged = guards.answers_per_prompt(r)
+        n = judged if stage.kind in {"sample", "judge"} else 1 if done == "sampled" else 2
         rows, tokens = went.units, b.score_tokens
         if done == "trained":
             plan = r.seed_dpo if stage.kind == "seed" else r.train
@@ -116,9 +120,14 @@ class Floor:
         return Sizes(fmean(prompts), went.tokens / (rows * n), n, min(b.sample, len(prompts)) * n, tokens)
 
     def _prompts(self, stage: Stage, done: str) -> list[Sequence[int]]:
-        if stage.kind == "seed" or (stage.kind == "measure" and done == "scored"):
-            pairs = self._data.seed_pairs if stage.kind == "seed" else self._data.held_out_pairs
-            return [row.prompt for _, row in pairs]
+        """Prompts of what a stage did; none where they are not known, or its texts are of several kinds."""
+        r, one = self._recipe, self._recipe.candidates.kinds == ["sample"]
         if stage.kind == "measure":
-            return [ids for _, ids in self._data.held_out_prompts]
+            found = self._data.held_out_pairs if done == "scored" else self._data.held_out_prompts
+            return [row.prompt if isinstance(row, Row) else row for _, row in found]
+        if stage.kind == "seed" and r.seed_dpo.by == "dpo":
+            return [row.prompt for _, row in self._data.seed_pairs]
+        plain = {"sample": one, "judge": True, "train": not r.loss.optimism and r.loss.kind != "kto"}
+        if not plain.get(stage.kind) or not self._data.rounds:
+            return []
         return [ids for _, ids in self._data.rounds[int(stage.folder.rpartition("/")[2]) - 1]]

@@ -23,7 +23,7 @@ from spa_lite.judge import Scorer, resumed
 from spa_lite.models import Models
 from spa_lite.recipe import Recipe
 from spa_lite.records import Row
-from spa_lite.stages import folder_digest
+from spa_lite.stages.workbench import folder_digest
 from spa_lite.store import digest
 
 Sums = Sequence[Sequence[float]]

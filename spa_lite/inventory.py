@@ -16,17 +16,18 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from spa_lite import files, lock
+from spa_lite import carry, files, guards, lock
 from spa_lite.errors import RecipeError, RunError
 from spa_lite.journal import Mark
 from spa_lite.library import Book, Done, markers_of, numerics, read_book
-from spa_lite.recipe import Recipe, build, load_layer, read_yaml, settings_of, shipped
+from spa_lite.recipe import Recipe, build, layers_of, load_layer, read_yaml, settings_of, shipped
+from spa_lite.sft import sft_plan
 from spa_lite.store import HEAD, check_format
+from spa_lite.throughput import KINDS
 from spa_lite.train import round_plan, seed_plan
 
 STUDY = "study.json"
 PARTS = ("init/*.part", "rounds/*/*.part")
-KINDS = ("seed", "sample", "judge", "train", "measure")
 
 T = TypeVar("T")
 Id = tuple[str, str]
@@ -170,6 +171,7 @@ class Summary(msgspec.Struct):
     """What is shown of summary.json."""
 
     rows: list[Row]
+    stopped: str | None = None
 
 
 class Begun(msgspec.Struct):
@@ -202,6 +204,7 @@ class Reading:
     recipe: Recipe | None = None
     headline: tuple[str, dict[str, float]] | None = None  # measure, interval
     summarised: bool = False
+    stopped: str = ""  # the round after which a stop rule ended it
     books: dict[str, Book] = field(default_factory=dict)  # title -> finished stage, in the order of the method
     parts: dict[str, Part] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -216,14 +219,42 @@ class Reading:
         """Titles of all stages of its recipe, in order; of those that are there if the recipe cannot be read."""
         if self.recipe is None:
             return list(self.books)
-        start = [] if self.recipe.inputs.no_seed_pairs else ["rounds/0 seed"]
-        rounds = [f"rounds/{i} {kind}" for i in range(1, self.recipe.rounds + 1) for kind in KINDS[1:]]
-        return ["init measure", *start, "rounds/0 measure", *rounds]
+        titles = list(titles_of(self.recipe))
+        if not self.stopped:
+            return titles
+        ended = int(self.stopped.removeprefix("round "))
+        later = tuple(f"rounds/{i} " for i in range(ended + 1, self.recipe.rounds + 1))
+        return [title for title in titles if not title.startswith(later)]
 
     @property
     def next(self) -> str:
         """Title of the first stage that is not done; empty if all are."""
         return next((title for title in self.expected if title not in self.books), "")
+
+
+def titles_of(recipe: Recipe) -> Iterator[str]:
+    """Titles of all stages of a run that no stop rule ends, in the order of the method."""
+    r = recipe
+    given = guards.starts_at_init(r) and not r.inputs.init_model  # then pi_0 is pi_init, and measured already
+    written = guards.is_written(r)
+    kinds = {
+        "prompts": written,
+        "improver": "improve" in r.candidates.kinds,
+        "sample": True,
+        "judge": True,
+        "train": True,
+    }
+    yield "init measure"
+    if guards.has_seed_stage(r):
+        yield "rounds/0 seed"
+    if not given and (r.measure.every == "round" or not r.rounds):
+        yield "rounds/0 measure"
+    for i in range(1, r.rounds + 1):
+        if i == 1 and written and r.prompts.generator:
+            yield "rounds/0 generator"
+        yield from (f"rounds/{i} {kind}" for kind, there in kinds.items() if there)
+        if r.measure.every == "round" or i == r.rounds:
+            yield f"rounds/{i} measure"
 
 
 def identity(book: Book) -> Id:
@@ -251,6 +282,7 @@ def read(place: Place) -> Reading:
     if (folder / "summary.json").exists():
         summary = _try(found, folder / "summary.json", Summary)
         found.summarised = summary is not None
+        found.stopped = (summary.stopped or "") if summary else ""
         found.headline = headline(summary.rows[-1]) if summary and summary.rows else None
     books = [book for marker in markers_of(folder) if (book := _book(found, marker))]
     found.books = {book.title: book for book in sorted(books, key=_order)}
@@ -318,17 +350,31 @@ def _lines(mark: Path) -> int:
 
 def _goal(found: Reading, at: str, kind: str, size: int | None) -> int | None:
     """Lines or optimizer steps of a whole stage, as far as the stages before it tell."""
-    sampled, judged = found.books.get(f"{at} sample"), found.books.get(f"{at} judge")
-    if kind == "judge" and sampled:
-        return int(sampled.done.get("size") or 0) or size
-    if kind == "seed":
-        return seed_plan(found.recipe, size).steps if found.recipe and size else None
-    if kind == "train":
-        pairs, same = (judged.done["summary"].get(n) for n in ("pairs", "identical")) if judged else (None, None)
-        if not (found.recipe and isinstance(pairs, int) and isinstance(same, int)):
-            return None
-        return round_plan(found.recipe, pairs - (same if found.recipe.judge.identical == "drop" else 0)).steps
+    before = {"sample": "prompts", "judge": "sample"}.get(kind, "")
+    if made := found.books.get(f"{at} {before}"):  # of written prompts more were asked for than there are
+        return int(made.done["summary"].get("prompts") or 0) or size
+    if kind == "train" and found.recipe:
+        pairs = _pairs(found, found.recipe, int(at.rpartition("/")[2]))
+        return round_plan(found.recipe, pairs, int(at.rpartition("/")[2])).steps if pairs else None
+    if kind in {"seed", "generator", "improver"}:
+        plan = seed_plan if kind == "seed" and found.recipe and found.recipe.seed_dpo.by == "dpo" else sft_plan
+        return plan(found.recipe, size).steps if found.recipe and size else None
     return size
+
+
+def _pairs(found: Reading, recipe: Recipe, round_: int) -> int | None:
+    """Pairs that a round trains on, those of earlier rounds included, if the judging told."""
+    total = 0
+    for i in carry.rounds_trained_on(recipe, round_):
+        book = found.books.get(f"rounds/{i} judge")
+        counts = [book.done["summary"].get(name) for name in ("pairs", "identical", "ties")] if book else []
+        if recipe.pairing.min_gap or not counts or not all(isinstance(count, int) for count in counts):
+            return None
+        pairs, same, ties = counts
+        if recipe.pairing.drop_ties and ties:
+            return None  # some of them may be identical
+        total += pairs - (same if recipe.judge.identical == "drop" else 0)
+    return total
 
 
 def checkpoints(part: Path) -> list[Path]:
@@ -347,6 +393,8 @@ def differences(reading: Reading) -> dict[str, tuple[Any, Any]]:
     for kind, name in kinds.items():
         if name in shipped(kind):  # one of the user's own may lie anywhere by now
             layers[f"{kind} {name}"] = load_layer(kind, name)
+    if len(layers) == len(kinds):
+        layers |= layers_of(reading.recipe.name, reading.recipe.scale)
     mine, theirs = settings_of(reading.recipe), settings_of(build(layers)[0])
     changed = [path for path in mine if mine[path] != theirs[path] and path not in {"name", "scale"}]
     return {path: (mine[path], theirs[path]) for path in changed}

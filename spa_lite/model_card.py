@@ -9,30 +9,34 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from spa_lite import guards
+from spa_lite.axes import PIECES, WHERE, one_line
 from spa_lite.files import read_json, write
+from spa_lite.losses import USES
 from spa_lite.markdown import literal
 from spa_lite.recipe import Recipe, settings_of
 
-TAGS = ["spa-lite", "spread-preference-annotation", "preference-optimization", "dpo", "lora"]
+TAGS = ["spa-lite", "preference-optimization", "lora"]
+SPA = "spread-preference-annotation"
 UNKNOWN = "unknown: see the base model"
 OWN_LICENCE = "apache-2.0"
 """Of the built-in lesson model: this project's."""
+PAPER = re.compile(r"[A-Z][\w.-]*(?: [\w.-]+)* \(\d{4}\.\d{5}\)")
+"""A paper in a piece's source: `SimPO (2405.14734)`."""
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 FRONT = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,40}")
 """What the hub takes as the name of a licence."""
 
-PLACES = ("model", "seed_pairs", "prompts", "held_out", "adapter_path", "init_adapter", "init_model")
-"""Inputs that may be paths."""
-SHOWN = (
-    "lora.rank",
-    "lora.alpha",
-    "loss.beta",
-    "seed_dpo.learning_rate",
-    "train.learning_rate",
-    "refine.K",
-    "refine.lambda",
-)
+PLACES = {
+    "inputs": ("model", "seed_pairs", "prompts", "held_out", "gold", "adapter_path", "init_adapter", "init_model"),
+    "model": ("template",),
+    "prompts": ("personas", "keywords", "template"),
+    "judge": ("model", "prompt", "adapter"),
+}
+"""Settings that may be paths, by their group."""
+SHOWN = ("lora.rank", "lora.alpha", "loss.beta", "seed_dpo.learning_rate", "sft.learning_rate", "train.learning_rate")
+REFINED = ("refine.K", "refine.lambda")
 COLUMNS = {"win_rate": "win rate vs init %", "pair_accuracy": "held-out pairs %", "label_accuracy": "labels right %"}
 
 
@@ -72,12 +76,17 @@ def card(
     values, start = settings_of(recipe), shared["inputs"]["init_adapter"]
     began = [("began at the adapter", start)] if start else []
     return page.render(
-        front=front(record["model"], licence),
+        front=front(record["model"], licence, tags_of(recipe) if run else TAGS),
         title=record["source"],
         base=record["model"],
         lesson=recipe.inputs.model is None,
         trained=run is not None,
         stage=stage,
+        spa=is_spa(recipe),
+        recipe=recipe.name,
+        made_of=one_line(recipe),
+        sources=sources(recipe),
+        seed=recipe.seed_dpo.by,
         licence_said=f"`{licence}`" if licence else UNKNOWN,
         template=shared["model"]["template"],
         system=shared["model"]["system"],
@@ -86,7 +95,14 @@ def card(
         columns=[COLUMNS[name] for name in columns],
         rows=[(row["stage"], [_percent(_interval(row, name)) for name in columns]) for row in rows],
         warnings=[w for w in summary.get("warnings", []) if _is_about(w, rows)],
-        settings=[("recipe", recipe.name), *began, *((path, values[path]) for path in SHOWN)] if run else [],
+        settings=[
+            ("recipe", recipe.name),
+            ("made of", one_line(recipe)),
+            *began,
+            *((path, values[path]) for path in shown(recipe)),
+        ]
+        if run
+        else [],
         versions=list(summary.get("versions", {}).items()) or list(_versions(record["backend"])),
         dtype=record["dtype"],
         effect=f"{record['effect']:.2g}",
@@ -94,13 +110,61 @@ def card(
     )
 
 
-def front(base: str, licence: str | None) -> str:
+def is_spa(recipe: Recipe) -> bool:
+    """Whether a recipe is SPA in what makes it SPA, whatever its numbers are."""
+    r = recipe
+    return (
+        (r.prompts.source, r.candidates.kinds, r.judge.by, r.loss.kind) == ("pool", ["sample"], "implicit", "dpo")
+        and r.seed_dpo.by == "dpo"
+        and (r.carry.start, r.carry.data) == ("prev", "fresh")
+    )
+
+
+def sources(recipe: Recipe) -> list[str]:
+    """The papers that the pieces of a recipe are taken from, as `spa_lite.axes` names them."""
+    values = settings_of(recipe)
+    axes = ["seed stage"] if guards.has_seed_stage(recipe) else []
+    axes += ["prompts", "candidates", "judge", "loss", "noise"] if recipe.rounds else []
+    found: list[str] = []
+    for axis in axes:
+        value = values[WHERE[axis]]
+        for name in value if isinstance(value, list) else [value]:
+            found += PAPER.findall(PIECES[axis][name].source)
+    return list(dict.fromkeys(found))
+
+
+def tags_of(recipe: Recipe) -> list[str]:
+    """Tags of an adapter that a run made."""
+    loss = recipe.loss.kind if recipe.rounds else recipe.seed_dpo.by
+    return [*TAGS, *([SPA] if is_spa(recipe) else []), loss]
+
+
+def shown(recipe: Recipe) -> list[str]:
+    """The settings that the card shows: those that anything of the run depends on."""
+    r, by = recipe, recipe.seed_dpo.by if guards.has_seed_stage(recipe) else "none"
+    taught = by == "sft" or (r.rounds and (r.prompts.generator or "improve" in r.candidates.kinds))
+    used = {
+        "loss.beta": by == "dpo" or not r.rounds,
+        "seed_dpo.learning_rate": by == "dpo",
+        "sft.learning_rate": taught,
+        "train.learning_rate": r.rounds and not r.train.round_rates,
+    }
+    found = [path for path in SHOWN if used.get(path, True)]
+    if r.rounds:
+        found += [path for path in USES[r.loss.kind] if settings_of(r)[path] and path not in found]
+        found = [path for path in found if path != "loss.beta" or not r.loss.round_betas]
+        found += ["train.round_rates"] if r.train.round_rates else []
+        found += REFINED if r.noise.by == "quantile" and r.refine.alpha else ()
+    return found
+
+
+def front(base: str, licence: str | None, tags: Sequence[str] = TAGS) -> str:
     """The YAML at the head, which the hub reads. A base that is no name on the hub is left out: it would refuse it."""
     import yaml
 
     named = {"base_model": base} if HUB_NAME.fullmatch(base) else {}
     fields = {**named, "library_name": "peft", "license": licence or "unknown", "pipeline_tag": "text-generation"}
-    return str(yaml.safe_dump({**fields, "tags": TAGS}, sort_keys=False, allow_unicode=True))
+    return str(yaml.safe_dump({**fields, "tags": list(tags)}, sort_keys=False, allow_unicode=True))
 
 
 def licence_of(recipe: Recipe, model: Path) -> str | None:
@@ -140,8 +204,9 @@ def rows_until(rows: Sequence[dict[str, Any]], stage: str | None) -> list[dict[s
 
 def counts(run: Path | None, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, int]]:
     """How many records there were of each kind."""
-    marker = run / "rounds/0/seed.done.json" if run else None
-    if marker and marker.is_file() and isinstance(size := read_json(marker).get("size"), int):
+    markers = [run / f"rounds/0/{kind}.done.json" for kind in ("seed", "generator")] if run else []
+    marker = next((path for path in markers if path.is_file()), None)
+    if marker and isinstance(size := read_json(marker).get("size"), int):
         yield "labelled pairs", size
     for row in rows:
         if prompts := (row.get("sampled") or {}).get("prompts"):
@@ -178,7 +243,7 @@ def _is_about(warning: str, rows: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _versions(backend: str) -> Iterator[tuple[str, str]]:
-    from spa_lite.stages import versions
+    from spa_lite.summary import versions
 
     yield from versions(backend).items()
 
@@ -189,10 +254,9 @@ def _versions(backend: str) -> Iterator[tuple[str, str]]:
 def shareable(recipe: Recipe) -> dict[str, Any]:
     """A recipe's settings with file names in place of paths, and no servers."""
     found = recipe.to_dict()
-    inputs, model, judge = found["inputs"], found["model"], found["judge"]
-    inputs |= {name: _without_place(inputs[name]) for name in PLACES}
-    model["template"] = _without_place(model["template"])
-    judge |= {name: _without_place(judge[name]) for name in ("model", "prompt")} | {"url": None}
+    for group, names in PLACES.items():
+        found[group] |= {name: _without_place(found[group][name]) for name in names}
+    found["judge"]["url"] = None
     return found
 
 

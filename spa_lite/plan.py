@@ -11,7 +11,8 @@ from spa_lite.library import Library
 from spa_lite.models import Models
 from spa_lite.recipe import Recipe
 from spa_lite.spa import spa
-from spa_lite.stages import Data, Workshop
+from spa_lite.stages import Workshop
+from spa_lite.stages.workbench import Data
 from spa_lite.store import Run, Stage
 
 State = Literal["done", "reuse", "shared", "compute"]
@@ -50,6 +51,8 @@ class Outlook(Run):
     ) -> dict[str, Any]:
         """Note the stage. Raises StaleRun as the run itself would."""
         assert self.library is not None
+        if stage.key in {planned.stage.key for planned in self.planned}:
+            return {}  # what several rounds use is made once
         state: State = "compute"
         done = self.marked(stage)
         if done:

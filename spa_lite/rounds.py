@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from spa_lite import guards
 from spa_lite.errors import RunError
 from spa_lite.recipe import Recipe
 
@@ -21,6 +22,17 @@ def policies_of(run: Path | None, recipe: Recipe) -> dict[str, Path | None]:
         found["pi_0" if run else "policy"] = Path(i.adapter_path)
     found |= {"seed" if p.parent.name == "0" else f"round {p.parent.name}": p for p in folders}
     return found
+
+
+def row_name(recipe: Recipe, folder: str) -> str:
+    """What people call the stages in a folder of a run, and the policy that comes of them: init, seed, round 1, ...
+
+    `rounds/0` holds what made or measured pi_0; where pi_0 is pi_init, no more than a helper's training.
+    """
+    start = "seed" if guards.has_seed_stage(recipe) else "pi_0"
+    if guards.starts_at_init(recipe) and not recipe.inputs.init_model:
+        start = "generator"
+    return {"init": "init", "rounds/0": start}.get(folder, folder.replace("rounds/", "round "))
 
 
 def named(policies: Policies, word: str, of: str = "this run") -> str:

@@ -31,7 +31,8 @@ States = NDArray[Any]
 
 def wanted(recipe: Recipe, round_: int) -> bool:
     """Whether the states of a round are kept: only where its training extrapolates are they of use."""
-    return recipe.train.cache_reference and recipe.refine.alpha > 0 and for_round(recipe, round_) > 0
+    refined = recipe.noise.by == "quantile" and recipe.refine.alpha > 0
+    return recipe.train.cache_reference and refined and for_round(recipe, round_) > 0
 
 
 def cache_bytes(recipe: Recipe, shape: Shape | None, dtype: str, prompts: int, round_: int = 1) -> int:

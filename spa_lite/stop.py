@@ -47,7 +47,7 @@ def agreement(row: Row, before: Sequence[Row], limit: Stop) -> str:
     share = (row.get("trained") or {}).get("accuracy") if row.get("judged") else None
     if share is None or share < limit.agreement:
         return ""
-    return f"the policy agrees with {100 * share:.0f} % of its own labels, so they teach it little more"
+    return f"the policy agrees with {100 * share:.0f} % of the labels, so they teach it little more"
 
 
 def accuracy_drop(row: Row, before: Sequence[Row], limit: Stop) -> str:

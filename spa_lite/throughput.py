@@ -13,7 +13,8 @@ from spa_lite.events import Event
 
 DOING = {"prompts": "sampled", "pairs": "scored", "steps": "trained"}
 """What happens to tokens where a stage counts these units."""
-KINDS = ("seed", "sample", "judge", "train", "measure")
+KINDS = ("seed", "generator", "prompts", "improver", "sample", "judge", "train", "measure")
+"""Kinds of stages, in the order of a round. Most recipes have some of them only."""
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,10 +14,12 @@ from typing import Any
 
 import pytest
 
+from spa_lite.axes import PIECES, one_line
 from spa_lite.cli import main as cli
 from spa_lite.cli import render
 from spa_lite.events import Event
 from spa_lite.lock import locked
+from spa_lite.recipe import SETTINGS, build, layers_of, shipped
 from tests.small import lines, results, write_data
 
 TOY = ["--backend", "toy", "--model", "toy", "--max-tokens", "12", "--rounds", "2"]
@@ -164,6 +167,36 @@ def test_by_hand_equals_run(here: Path, capfd: pytest.CaptureFixture[str]) -> No
         assert ours.read_bytes() == theirs.read_bytes()
 
 
+def test_rated_answers_train_kto_by_hand(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Single answers with a label; another loss, a pair among them and a label of another kind are one sentence."""
+    records = [{"prompt": f"say {i}", "completion": "red" if i % 3 else "hat", "label": i % 3 > 0} for i in range(8)]
+    texts = [json.dumps(record) + "\n" for record in records]
+    (here / "rated.jsonl").write_text("".join(texts))
+    (here / "mixed.jsonl").write_text(texts[0] + (here / "pairs.jsonl").read_text())
+    (here / "words.jsonl").write_text(texts[0].replace("false", '"no"'))
+    toy = ("--backend", "toy", "--model", "toy", "--out", "out")
+    code, out, _ = call(capfd, "train", "rated.jsonl", "--loss", "kto", *toy)
+    assert code == 0
+    assert json.loads(out)["logratio_chosen"] > 0 > json.loads(out)["logratio_rejected"]
+    assert len({name for line in lines(here / "out/metrics.jsonl") for name in line["ids"]}) == 8
+    for name, loss, exit_, message in (
+        ("rated", "dpo", 2, "only kto learns from; give --loss kto"),
+        ("mixed", "kto", 1, "line 2: `label` is missing"),
+        ("words", "kto", 1, "line 1: `label` is a text; write true"),
+    ):
+        code, _, err = call(capfd, "train", f"{name}.jsonl", "--loss", loss, *toy)
+        assert (code, message in err, err.count("\n")) == (exit_, True, 1), err
+
+
+def test_human_pairs_train_the_loss_that_is_asked_for(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """By default the seed stage's DPO; no label of a person is refined."""
+    toy = ("--backend", "toy", "--model", "toy")
+    for name, more in {"dpo": (), "none": ("--noise", "none"), "simpo": ("--loss", "simpo")}.items():
+        assert call(capfd, "train", "pairs.jsonl", *more, *toy, "--out", name)[0] == 0
+    logs = {name: (here / name / "metrics.jsonl").read_bytes() for name in ("dpo", "none", "simpo")}
+    assert logs["dpo"] == logs["none"] != logs["simpo"]
+
+
 def test_pipes(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """JSON lines in on stdin, JSON lines out on stdout, everything else on stderr."""
     call(capfd, *RUN, "--out", "run")
@@ -238,6 +271,12 @@ WRONG: list[tuple[list[str], int, str]] = [
     (["sample", "--backend", "toy", "--model", "toy"], 2, "--prompts"),
     (["sample", *TOY, "--prompts", "prompts.jsonl", "--round", "9"], 2, "--rounds"),
     (["recipes", "nope"], 2, "nope"),
+    (["recipes", "saoo"], 2, "did you mean sao"),
+    (["recipes", "--yaml"], 2, "name the recipe"),
+    (["recipes", "sao", "--yaml", "--scale", "lesson"], 2, "leave --scale out"),
+    (["recipes", "axes", "--scale", "lesson"], 2, "leave --scale out"),
+    (["recipes", "lesson", "--scale", "paper"], 2, "leave --scale out"),
+    (["recipes", "sao", "--scale", "huge"], 2, "laptop"),
     (["nonsense"], 2, "nonsense"),
 ]
 
@@ -352,6 +391,12 @@ def test_text_from_data_is_never_obeyed(here: Path, capfd: pytest.CaptureFixture
     assert "\x1b" not in err
 
 
+def test_a_word_between_colons_is_no_picture(capfd: pytest.CaptureFixture[str]) -> None:
+    render.fail("hub:x: is no name")
+    render.out.print("hub:x: is no name")
+    assert capfd.readouterr() == ("hub:x: is no name\n", "error: hub:x: is no name\n")
+
+
 def test_doctor_on_toy(capfd: pytest.CaptureFixture[str]) -> None:
     """Every preflight check holds on the oracle, and a program can read it."""
     code, out, _ = call(capfd, "doctor", "--backend", "toy", "--model", "toy", "--json")
@@ -364,14 +409,37 @@ def test_doctor_on_toy(capfd: pytest.CaptureFixture[str]) -> None:
     assert "ln 2" in out
 
 
-def test_recipes(capfd: pytest.CaptureFixture[str]) -> None:
-    """What is shipped, and one with every setting."""
+def test_recipes(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What is shipped, each with its one line; one with every setting, what differs first; what they are made of."""
     code, out, _ = call(capfd, "recipes")
     assert code == 0
-    assert "spa-official" in out
+    for name in shipped("recipe"):
+        assert one_line(build(layers_of(name, "paper"))[0]) in " ".join(out.split())
     code, out, _ = call(capfd, "recipes", "spa-official")
-    assert "refine.before_full" in out
     assert "recipe spa-official" in out
+    differs, settings = out.split("all settings")
+    assert "refine.before_full" in differs
+    assert "refine.window" not in differs
+    assert all(f" {path} " in settings for path in SETTINGS)
+    code, out, _ = call(capfd, "recipes", "sao", "--scale", "lesson")
+    assert re.search(r"prompts.count +│ +800 +│ +none +│ +recipe sao on lesson", out)
+    code, out, _ = call(capfd, "recipes", "axes")
+    assert all(name in out and piece.source in out for pieces in PIECES.values() for name, piece in pieces.items())
+    (here / "mine.yaml").write_text("# Mine, [red]red[/] as it is.\nname: mine\nrounds: 1\n")
+    code, out, _ = call(capfd, "recipes", "mine.yaml")
+    assert "Mine, [red]red[/] as it is." in out
+    code, out, _ = call(capfd, "run", "--help")
+    assert all(name in out for name in shipped("recipe"))
+
+
+@pytest.mark.parametrize("name", shipped("recipe"))
+def test_a_recipes_file_is_given_back(here: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    """--yaml prints what --recipe takes, with the same result on every scale."""
+    code, out, _ = call(capfd, "recipes", name, "--yaml")
+    assert code == 0
+    (here / "mine.yaml").write_text(out)
+    for scale in shipped("scale"):
+        assert build(layers_of("mine.yaml", scale))[0] == build(layers_of(name, scale))[0]
 
 
 def test_no_file_is_written_beside_what_was_asked_for(here: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -67,6 +67,31 @@ def test_every_setting_and_where_it_came_from(here: Path, capfd: pytest.CaptureF
     assert not list(here.iterdir())
 
 
+def test_a_recipe_of_other_stages(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Helpers once, prompts that will be written, no seed stage; time and memory as ever; nothing is written."""
+    out, _ = call(capfd, "run", "--dry-run", "--recipe", "synpo", "--rounds", "2", "--prompt-count", "30")
+    told = [line.split("│")[1].strip() for line in out.splitlines() if "to compute" in line]
+    rounds = [
+        f"rounds/{i} {kind}" for i in (1, 2) for kind in ("prompts", "improver", "sample", "judge", "train", "measure")
+    ]
+    assert told == ["init measure", "rounds/0 generator", *rounds]
+    assert "time on this CPU for 100 pairs and 60 prompts: about" in out
+    assert re.search(r"│ train +│", out)
+    assert not list(here.iterdir())
+
+
+def test_written_prompts_need_no_data(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing is asked for that the recipe has no use for; a judge of its own is said to be beside the estimate."""
+    (here / "big").mkdir()
+    (here / "big/config.json").write_text(json.dumps(BIG))
+    words = ["run", "--dry-run", "--model", "big", "--backend", "torch", "--device", "cpu"]
+    out, err = call(capfd, *words, "--recipe", "sao")
+    assert "no data were named" not in err
+    assert "time on this CPU for 1000 prompts: about" in out
+    out, _ = call(capfd, *words, "--recipe", "simpo-onpolicy", "--judge-model", "x/y")
+    assert "not in it: the model that judges (reward-model)" in out
+
+
 @pytest.mark.parametrize("backend", ["toy", "torch", "mlx"])
 def test_what_is_finished_is_seen(here: Path, capfd: pytest.CaptureFixture[str], backend: str) -> None:
     """Without weights in memory the plan knows the keys of the real run, its folder, and how long stages took."""

@@ -10,20 +10,17 @@ from typing import Any
 import pytest
 
 from spa_lite.backend import Batching
+from spa_lite.effort import Speed, cpu_speed, seconds, work
 from spa_lite.errors import ModelError
 from spa_lite.estimate import (
     GIB,
     Case,
     Longest,
     Place,
-    Speed,
-    cpu_speed,
     held,
     longest_of,
     longest_of_rows,
     memory,
-    seconds,
-    work,
 )
 from spa_lite.recipe import Recipe, build, load_layer
 from spa_lite.records import Row

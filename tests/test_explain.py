@@ -39,7 +39,7 @@ from spa_lite.explain_sources import (
 from spa_lite.objective import Dpo, dpo_loss, preference, refined_loss
 from spa_lite.recipe import Recipe, build
 from spa_lite.records import Message, Row
-from spa_lite.stages import read_judgements
+from spa_lite.stages.workbench import read_judgements
 from tests.small import SMALL, lines, load, run_small, small_recipe, write_data
 from tests.tiny import make_model
 

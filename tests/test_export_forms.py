@@ -494,6 +494,11 @@ def test_a_folder_to_share(here: Path, capfd: pytest.CaptureFixture[str]) -> Non
         **{
             "inputs.seed_pairs": "/home/somebody-secret/pairs.jsonl",
             "inputs.prompts": "hub:owner/prompts",
+            "inputs.gold": "/home/somebody-secret/gold.jsonl",
+            "prompts.personas": "/home/somebody-secret/who.txt",
+            "prompts.keywords": "/home/somebody-secret/words.txt",
+            "prompts.template": "/home/somebody-secret/ask.txt",
+            "judge.adapter": "/home/somebody-secret/adapter",
             "judge.url": "http://token-secret@host-secret:8080/v1",
         },
     )

@@ -17,7 +17,7 @@ from spa_lite import backends, lesson
 from spa_lite.backend import POLICY, ModelSettings, Sampling
 from spa_lite.evaluate import wilson
 from spa_lite.recipe import read_yaml
-from spa_lite.stages import read_samples
+from spa_lite.stages.workbench import read_samples
 from tests.small import lines
 from tests.speaking import LATE, Command, Terminal, answer
 
@@ -95,6 +95,15 @@ def test_lesson_sizes_matter(run: tuple[Path, str], tmp_path: Path, flag: str, v
     assert len(answers) == count
     same = [a["messages"] for a in answers] == [a["messages"] for a in lines(run[0] / "init/answers.jsonl")[:count]]
     assert same == (value != "tune")
+
+
+def test_the_temperature_of_measuring(run: tuple[Path, str], tmp_path: Path) -> None:
+    """The same prompts are answered otherwise."""
+    done = spa_lite("run", *TINY, "--rounds", "0", "--measure-temp", "0", "--out", "x", "--no-report", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, other = (lines(folder / "init/answers.jsonl") for folder in (tmp_path / "x", run[0]))
+    assert [a["messages"] for a in one] == [a["messages"] for a in other]
+    assert [a["completions"] for a in one] != [a["completions"] for a in other]
 
 
 def test_judge_on_a_fresh_machine(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from spa_lite.opinion import Opinion
 from spa_lite.recipe import Recipe, build
 from spa_lite.records import Completion, Sample
 from spa_lite.rescore import Check, drifted, recorded, sentence
-from spa_lite.stages import read_judgements, read_samples
+from spa_lite.stages.workbench import read_judgements, read_samples
 from tests.small import load, results, run_small, small_recipe, write_data
 
 

@@ -235,6 +235,8 @@ def test_show(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert "step 2 of 4" in out
     assert "not begun" in out
+    assert "made of" in out
+    assert "dpo seed | pool" in out
 
 
 def test_show_check_finds_damaged_files(root: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from spa_lite.errors import ModelError, RecipeError, SpaError
 from spa_lite.recipe import Recipe
 from spa_lite.records import Ids, Message
 from spa_lite.spa import align
-from spa_lite.stages import read_judgements, read_samples
+from spa_lite.stages.workbench import read_judgements, read_samples
 from spa_lite.store import Run
 from tests.small import results, small_recipe, write_data
 

@@ -16,7 +16,7 @@ from spa_lite.errors import RecipeError, RunError
 from spa_lite.events import Event
 from spa_lite.records import Completion, Ids, Sample
 from spa_lite.shape import Shape
-from spa_lite.stages import read_judgements, read_samples
+from spa_lite.stages.workbench import read_judgements, read_samples
 from tests.small import load, results, run_small, small_recipe, write_data
 
 CACHED: dict[str, Any] = {"train.cache_reference": True}

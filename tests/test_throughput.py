@@ -17,7 +17,7 @@ from rich.progress import Progress
 from spa_lite.backend import Backend
 from spa_lite.backends import speed as device
 from spa_lite.cli import render
-from spa_lite.estimate import Speed, Work
+from spa_lite.effort import Speed, Work
 from spa_lite.events import Event, per_unit, ticking
 from spa_lite.floor import Floor, Sizes, Weights, fewest, floor_seconds
 from spa_lite.report.collect import read_runs

@@ -25,7 +25,7 @@ from spa_lite.backends.torch import TorchBackend
 from spa_lite.errors import BackendError, ModelError
 from spa_lite.objective import Dpo
 from spa_lite.records import Row
-from spa_lite.stages import read_judgements
+from spa_lite.stages.workbench import read_judgements
 from tests.contract import LORA, OPTIMIZER, Mixed, draw, names, pairs, prompts, score, sums, texts
 from tests.crash import recipe_of
 from tests.small import run_small

@@ -14,13 +14,15 @@ import msgspec
 
 from spa_lite.errors import RecipeError, RunError, SpaError
 from spa_lite.files import read_json
-from spa_lite.inventory import KINDS, Place, Reading, differences, place_of
+from spa_lite.inventory import Place, Reading, differences, place_of
 from spa_lite.library import markers_of, numerics
 from spa_lite.prepare import is_lesson
 from spa_lite.recipe import Recipe, build, read_yaml, settings_of
-from spa_lite.records import Ids, Message
-from spa_lite.stages import warnings
+from spa_lite.records import Ids, Message, Prompt
+from spa_lite.rounds import row_name
 from spa_lite.store import check_format
+from spa_lite.summary import warnings
+from spa_lite.throughput import KINDS
 
 Gold = Callable[[Mapping[str, Any], str, bool], Mapping[str, float] | None]
 """The gold rule, None where it knows nothing (as in `evaluate`)."""
@@ -32,6 +34,7 @@ class Side(msgspec.Struct, frozen=True):
     text: str
     ids: Ids = ()
     ended: str = "eos"
+    kind: str = "sample"
     policy: float | None = None
     reference: float | None = None
 
@@ -53,6 +56,7 @@ class Judged(msgspec.Struct, frozen=True):
     judge: str = "implicit"
     score_a: float | None = None
     score_b: float | None = None
+    confidence: float | None = None
     extra: dict[str, Any] = {}
 
     @property
@@ -100,6 +104,7 @@ class Judgement:
     identical: bool
     policy: tuple[float, float] | None = None  # log-probability (nats) of chosen and rejected under the judge's policy
     reference: tuple[float, float] | None = None  # and under its reference
+    judge: str = "implicit"
 
 
 @dataclass(frozen=True)
@@ -265,8 +270,7 @@ def _where(told: Told, markers: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _row_name(told: Told, at: str) -> str:
     """What people call the stage, as in the run's own table."""
-    start = "pi_0" if told.recipe and told.recipe.inputs.no_seed_pairs else "seed"
-    return {"init": "init", "rounds/0": start}.get(at, at.replace("rounds/", "round "))
+    return row_name(told.recipe or Recipe(), at)
 
 
 def _number(at: str) -> int:
@@ -286,7 +290,8 @@ def _stage(told: Told, at: str, done: Mapping[str, Mapping[str, Any]]) -> Stage:
         **kinds.get("measure", {}),
         "judged": kinds.get("judge"),
         "sampled": kinds.get("sample"),
-        "trained": kinds.get("train") or kinds.get("seed") or {},
+        "prompted": kinds.get("prompts"),
+        "trained": kinds.get("train") or kinds.get("seed") or kinds.get("generator") or {},
     }
     flagged = {i for step in steps for i in step.get("flagged") or []}
     timings = told.folder / at / "timings.json"
@@ -305,7 +310,8 @@ def _stage(told: Told, at: str, done: Mapping[str, Mapping[str, Any]]) -> Stage:
 def _steps(told: Told, at: str) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, those of a stage that is still at work included."""
     place = told.folder / at
-    for path in (place / "metrics.jsonl", place / "train.part/metrics.jsonl", place / "seed.part/metrics.jsonl"):
+    names = ("metrics.jsonl", "train.part/metrics.jsonl", "seed.part/metrics.jsonl", "generator.jsonl")
+    for path in (place / name for name in names):
         if path.exists():
             return list(_records(told, path, dict[str, Any]))
     return []
@@ -324,6 +330,7 @@ def _numbers(told: Told, judged: Judged, flagged: set[str]) -> Judgement:
         judged.identical,
         _both(*[side.policy for side in sides]),
         _both(*[side.reference for side in sides]),
+        judged.judge,
     )
 
 
@@ -347,6 +354,16 @@ def gold_score(told: Told, extra: Mapping[str, Any], side: Side) -> float | None
 def judged_of(told: Told, at: str) -> Iterator[Judged]:
     """The judged pairs of a round, one at a time: those of a large one fill much memory."""
     yield from _records(told, told.folder / at / "judgements.jsonl", Judged)
+
+
+def samples_of(told: Told, at: str) -> Iterator[Answer]:
+    """All the candidates of a round."""
+    yield from _records(told, told.folder / at / "samples.jsonl", Answer)
+
+
+def prompts_of(told: Told, at: str) -> Iterator[Prompt]:
+    """The prompts that a round's model wrote, as far as they were kept."""
+    yield from _records(told, told.folder / at / "prompts.jsonl", Prompt)
 
 
 def answers_of(told: Told, at: str) -> Iterator[Answer]:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spa_lite.figures import COLOURS, FAINT, INK, RULE, new, short
-from spa_lite.inventory import KINDS
 from spa_lite.report.collect import Told
 from spa_lite.report.looks import Look
+from spa_lite.throughput import KINDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,8 +39,11 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "legend.handlelength": 2.2,
 }
-KIND_COLOURS = dict(zip(KINDS, (COLOURS[3], COLOURS[4], COLOURS[5], COLOURS[0], COLOURS[2]), strict=True))
-KIND_MARKERS = dict(zip(KINDS, "osD^v", strict=True))
+GREY = "#9a9aa5"
+KIND_COLOURS = dict(
+    zip(KINDS, (COLOURS[3], GREY, COLOURS[1], COLOURS[6], COLOURS[4], COLOURS[5], COLOURS[0], COLOURS[2]), strict=True)
+)
+KIND_MARKERS = dict(zip(KINDS, "oP*XsD^v", strict=True))
 
 Table = list[dict[str, Any]]
 Entries = Sequence[tuple[str, Any]]

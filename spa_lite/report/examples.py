@@ -4,8 +4,9 @@ answers of a run that kept none."""
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,21 @@ from spa_lite.backend import INIT, POLICY, Backend
 from spa_lite.credit import Credit, credit
 from spa_lite.data import conversation_key
 from spa_lite.errors import SpaError
+from spa_lite.guards import has_seed_stage
 from spa_lite.recipe import Recipe
-from spa_lite.records import Message
-from spa_lite.report.collect import Judged, Side, Stage, Told, answers_of, gold_score, judged_of, right
+from spa_lite.records import Ids, Message, Prompt
+from spa_lite.report.collect import (
+    Judged,
+    Side,
+    Stage,
+    Told,
+    answers_of,
+    gold_score,
+    judged_of,
+    prompts_of,
+    right,
+    samples_of,
+)
 from spa_lite.report.looks import some
 from spa_lite.sample import Encoded, answer
 
@@ -27,6 +40,8 @@ FIRST, EXTREME = 4, 2
 """Held-out prompts shown: the first few, and those with the most won and the most lost gold."""
 PAIRS = 3
 """Most and least certain judgements shown, of the first and of the last round."""
+WRITTEN = 8
+"""Prompts shown of those that a model wrote."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +70,15 @@ class Shown:
 
     run: Told
     stage: Stage
-    kind: str  # "most certain", "least certain"
+    kind: str  # "most certain", "least certain"; "" where the judge is as sure of every pair
     judged: Judged
     right: bool | None
     flagged: bool
     credit: tuple[Sequence[Credit], Sequence[Credit]] | None = None
+    origins: tuple[str, str] = (
+        "",
+        "",
+    )  # kinds of candidates: of chosen, of rejected
 
     @property
     def margin(self) -> float | None:
@@ -69,25 +88,25 @@ class Shown:
 
     @property
     def p(self) -> float | None:
-        """Probability (Eq. 7) that the chosen answer is the better one."""
+        """The judge's probability (of the implicit judge: Eq. 7) that the chosen answer is the better one."""
         p = self.judged.p
+        if self.judged.judge != "implicit":
+            return self.judged.confidence
         return p if p is None or self.judged.label == "a" else 1 - p
 
     def own_score(self, side: Side) -> float | None:
         """The number that a judge with numbers of its own gave an answer."""
-        if self.judged.judge == "implicit":
+        if self.judged.judge in {"implicit", "order", "label"}:  # those of the last two are ranks
             return None
         return self.judged.score_a if side is self.judged.a else self.judged.score_b
 
     @property
     def sides(self) -> list[tuple[str, Side, float | None, Sequence[Credit] | None]]:
-        """(chosen or rejected, the answer, its gold score, its credit)."""
-        credits = self.credit or (None, None)
+        """(chosen or rejected and which candidate it is, the answer, its gold score, its credit)."""
+        credits, pair = self.credit or (None, None), (self.judged.chosen, self.judged.rejected)
         return [
-            (name, side, gold_score(self.run, self.judged.extra, side), one)
-            for name, side, one in zip(
-                ("chosen", "rejected"), (self.judged.chosen, self.judged.rejected), credits, strict=True
-            )
+            (f"{name} · {origin}" if origin else name, side, gold_score(self.run, self.judged.extra, side), one)
+            for name, origin, side, one in zip(("chosen", "rejected"), self.origins, pair, credits, strict=True)
         ]
 
 
@@ -151,7 +170,7 @@ def _sampled(run: Told, recipe: Recipe, last: Stage, open_backend: OpenBackend) 
         max_tokens=recipe.sampling.max_tokens,
         context=backend.context,
     )[0]
-    before, after = (answer(backend, encoded, recipe, 0, 1, role) for role in (INIT, POLICY))
+    before, after = (answer(backend, encoded, recipe, 0, [0], role) for role in (INIT, POLICY))
     found = []
     for one, other in zip(before, after, strict=True):
         cells = [
@@ -204,6 +223,30 @@ def _interesting(
     return shown + [("gained most gold", i) for i in best] + [("lost most gold", i) for i in worst]
 
 
+# -- written prompts -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wrote:
+    """A prompt that a model wrote, and what it was given to go by: a persona, keywords, examples."""
+
+    text: str
+    given: str
+
+
+def written(run: Told) -> list[Wrote]:
+    """The first prompts that were written, of the first round that wrote any."""
+    for stage in run.rounds:
+        if found := [_wrote(prompt) for prompt in islice(prompts_of(run, stage.place), WRITTEN)]:
+            return found
+    return []
+
+
+def _wrote(prompt: Prompt) -> Wrote:
+    given = next((prompt.extra[name] for name in ("persona", "keywords", "examples") if name in prompt.extra), "")
+    return Wrote(prompt.messages[-1].content, " · ".join(map(str, given)) if isinstance(given, list) else str(given))
+
+
 # -- judgements ----------------------------------------------------------------------------------------------------
 
 
@@ -225,15 +268,35 @@ def _extremes(run: Told, stage: Stage) -> list[Shown]:
     """A second look at the file, for the few lines that are shown."""
     most = heapq.nlargest(PAIRS, _usable(stage), key=lambda pair: (pair[0], -pair[1]))
     least = [pair for pair in heapq.nsmallest(PAIRS, _usable(stage)) if pair not in most]
-    kinds = {line: "most certain" for _, line in most} | {line: "least certain" for _, line in least}
-    order = list(kinds)
+    sure = {certainty for certainty, _ in most + least}
+    words = ("most certain", "least certain") if len(sure) > 1 else ("", "")
+    kinds = {line: words[0] for _, line in most} | {line: words[1] for _, line in least}
+    order, origins = list(kinds), _origins(run, stage, set(kinds))
     found = [
         Shown(run, stage, kinds[line], judged, right(run, judged), stage.judgements[line].flagged)
         for line, judged in enumerate(judged_of(run, stage.place))
         if line in kinds
     ]
+    found = [
+        replace(one, origins=(named.get(one.judged.chosen.ids, ""), named.get(one.judged.rejected.ids, "")))
+        for one in found
+        for named in [origins.get(one.judged.id, {})]
+    ]
     places = sorted(kinds)
     return [found[places.index(line)] for line in order]
+
+
+def _origins(run: Told, stage: Stage, lines: Set[int]) -> dict[str, dict[Ids, str]]:
+    """Id -> an answer's tokens -> which kinds of candidates it is, of some lines of a round that has several kinds."""
+    if run.recipe is None or run.recipe.candidates.kinds == ["sample"]:
+        return {}
+    found: dict[str, dict[Ids, str]] = {}
+    for line, sample in enumerate(samples_of(run, stage.place)):
+        if line in lines:
+            named = found.setdefault(sample.id, {})
+            for answer in sample.completions:
+                named[answer.ids] = f"{named[answer.ids]}, {answer.kind}" if answer.ids in named else answer.kind
+    return found
 
 
 # -- token credit --------------------------------------------------------------------------------------------------
@@ -265,8 +328,12 @@ def _credited(run: Told, shown: Sequence[Shown], open_backend: OpenBackend) -> l
     start = i.init_adapter
     found = []
     for one in shown:
+        policy = _adapter(run, one.stage.number - 1)
+        if policy == (Path(start) if start else None) and run.recipe.judge.reference != "none":
+            found.append(one)  # pi_init against itself: no token has any credit
+            continue
         backend.bind(INIT, Path(start) if start else None)
-        backend.bind(POLICY, _adapter(run, one.stage.number - 1))
+        backend.bind(POLICY, policy)
         reference: str | None = None if run.recipe.judge.reference == "none" else INIT
         if run.recipe.judge.reference == "lagged" and one.stage.number > 1:
             reference = "lagged"
@@ -286,6 +353,6 @@ def _adapter(run: Told, round_: int) -> Path | None:
         return path
     assert run.recipe is not None
     given = run.recipe.inputs.adapter_path or run.recipe.inputs.init_adapter
-    if round_ == 0 and run.recipe.inputs.no_seed_pairs:
+    if round_ == 0 and not has_seed_stage(run.recipe):
         return Path(given) if given else None
     raise SpaError(f"{path} is missing; run the same command again to repair the run")

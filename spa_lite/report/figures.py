@@ -13,6 +13,7 @@ import numpy as np
 from spa_lite.figures import COLOURS, FAINT, short
 from spa_lite.report.collect import Judgement, Stage, Told
 from spa_lite.report.drawing import (
+    GREY,
     Drawn,
     Table,
     axes_of,
@@ -30,11 +31,10 @@ from spa_lite.report.drawing import (
 from spa_lite.report.looks import FEW, Look, look, looks, some
 from spa_lite.report.training import displacement, loss, threshold
 
-UNKNOWN = "#9a9aa5"
 GROUPS = (
     ("label right", True, COLOURS[0]),
     ("label wrong", False, COLOURS[1]),
-    ("not known, or equal", None, UNKNOWN),
+    ("not known, or equal", None, GREY),
 )
 """Judgements by `right`, and their colours."""
 BINS = 30
@@ -185,7 +185,7 @@ def _flagged_of_one(table: Table) -> Drawn:
     for place, row in enumerate(table):
         wrong = row["flagged_wrong"] or 0
         axes.barh(place, wrong, height=0.55, color=COLOURS[1])
-        rest = COLOURS[0] if known else UNKNOWN
+        rest = COLOURS[0] if known else GREY
         axes.barh(place, row["flagged"] - wrong, left=wrong, height=0.55, color=rest)
         said = f"{row['flagged_share']:.1f} % of {row['pairs']}"
         if row["flagged_wrong"] is not None and row["flagged"]:
@@ -261,7 +261,7 @@ def _panels(runs: Sequence[Told]) -> list[tuple[Told, Stage, list[Judgement]]]:
     found = []
     for run in some(runs):
         piles = [(s, [j for j in s.judgements if j.margin is not None and not j.identical]) for s in run.rounds]
-        piles = [(stage, pile) for stage, pile in piles if pile]
+        piles = [(stage, pile) for stage, pile in piles if any(j.margin for j in pile)]  # not pi_init against itself
         found += [(run, stage, pile) for stage, pile in (piles[-8:] if len(runs) == 1 else piles[-1:])]
     return found
 
@@ -293,7 +293,7 @@ def logprobs(runs: Sequence[Told]) -> Drawn | None:
     legend_of(figure, axes)
     caption = (
         "Mean log-probability of the chosen and of the rejected answers (summed over tokens, nats) when they were "
-        "judged: under the policy that wrote them, and under the judge's reference. "
+        "judged: under the policy that the round began with, and under the judge's reference. "
         f"{sizes(table, 'answers per point')}"
     )
     return Drawn("logprobs", "Log-probabilities of chosen and rejected", caption, without(table, "series"), figure)

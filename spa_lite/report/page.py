@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
+from spa_lite.axes import one_line
 from spa_lite.backend import Backend
 from spa_lite.compare import csv_field
 from spa_lite.figures import inline_svg, style, visible, write_figure
@@ -23,7 +24,16 @@ from spa_lite.recipe import Recipe
 from spa_lite.report.collect import Told, read_runs
 from spa_lite.report.drawing import STYLE
 from spa_lite.report.evaluations import eval_sheet
-from spa_lite.report.examples import FIRST, OpenBackend, Shown, credited, judgements, sampled, side_by_side
+from spa_lite.report.examples import (
+    FIRST,
+    OpenBackend,
+    Shown,
+    credited,
+    judgements,
+    sampled,
+    side_by_side,
+    written,
+)
 from spa_lite.report.figures import figures
 from spa_lite.report.looks import some
 from spa_lite.report.tables import (
@@ -31,6 +41,7 @@ from spa_lite.report.tables import (
     differences,
     facts,
     judging_sheet,
+    prompts_sheet,
     settings,
     stage_sheet,
     throughput_sheet,
@@ -91,6 +102,9 @@ def write_report(
         groups=[(title, [name for name in names if name in pictures]) for title, names in GROUPS],
         sheets=[stage_sheet(run) for run in told],
         judging=[judging_sheet(run) for run in told],
+        prompting=[prompts_sheet(run) for run in told],
+        made_of=[one_line(run.recipe) if run.recipe else "" for run in told],
+        written=written(told[0]) if len(told) == 1 else [],
         throughput=[throughput_sheet(run) for run in told],
         evaluations=evaluations,
         differences=differences(told),
@@ -131,6 +145,8 @@ def _by_round(shown: Sequence[Shown]) -> list[dict[str, Any]]:
         mine = [_harmless(one) for one in shown if one.stage.name == name]
         sizes = [abs(c.logratio) for one in mine for side in one.credit or () for c in side]
         hint = "The pairs of which the judge was most and least sure: chosen and rejected as it labelled them."
+        if not any(one.kind for one in mine):
+            hint = "The first pairs, for the judge is as sure of each: chosen and rejected as it labelled them."
         if sizes:
             hint += " Each token is coloured by its credit log π/π_ref; an answer's log-ratio is their sum."
         scale = float(np.quantile(sizes, 0.98)) if sizes else 0.0

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spa_lite.axes import one_line
 from spa_lite.compare import measures
 from spa_lite.report.collect import Stage, Told
 from spa_lite.stop import MEASURES
@@ -43,10 +44,37 @@ def stage_sheet(run: Told) -> Sheet:
         "stage", "win rate vs init %", "labels right %", "held-out pairs %", "mean gold", "length", "flagged %",
         "of them wrong", "loss", "seconds", "peak GB",
     )  # fmt: skip
-    return sheet(columns, [_stage_cells(stage) for stage in run.stages])
+    return sheet(columns, [_stage_cells(stage, refines(run)) for stage in run.stages])
 
 
-def _stage_cells(stage: Stage) -> list[str | None]:
+def refines(run: Told) -> bool:
+    """Whether a run may flag pairs as noise."""
+    return run.recipe is None or (run.recipe.noise.by == "quantile" and run.recipe.refine.alpha > 0)
+
+
+def prompts_sheet(run: Told) -> Sheet:
+    """What became of the prompts that each round's model was asked to write."""
+    columns = (
+        "round", "asked for", "kept", "no prompt", "no task", "held out", "too similar", "no task of the world",
+        "repeat %", "with personas %", "without personas %",
+    )  # fmt: skip
+    return sheet(columns, [_prompts_cells(stage) for stage in run.rounds if stage.row.get("prompted")])
+
+
+def _prompts_cells(stage: Stage) -> list[str | None]:
+    found = stage.row["prompted"]
+    names = ("unreadable", "filtered", "held_out", "similar", "unknown")
+    return [
+        stage.name.removeprefix("round "),
+        *[count(found.get(name)) for name in ("asked", "kept")],
+        *[count(found[name]) if found.get(name) else None for name in names],
+        percent(found.get("repeated")),
+        percent(found.get("repeated_with_personas")),
+        percent(found.get("repeated_without_personas")),
+    ]
+
+
+def _stage_cells(stage: Stage, flags_any: bool) -> list[str | None]:
     row = stage.row
     judged, trained, flags = row.get("judged") or {}, row.get("trained") or {}, row.get("flags") or {}
     peaks = [spent["peak"] for spent in stage.spent.values() if spent.get("peak")]
@@ -58,7 +86,7 @@ def _stage_cells(stage: Stage) -> list[str | None]:
         interval(stage.interval("pair_accuracy")),
         fixed((row.get("gold") or {}).get("score"), 3),
         fixed(row.get("length") or judged.get("mean_tokens"), 1),
-        percent(trained.get("flagged_share")) if judged else None,
+        percent(trained.get("flagged_share")) if judged and flags_any else None,
         f"{flags['flagged_wrong']} of {flags['flagged']}" if flags.get("flagged") else None,
         fixed(trained.get("loss"), 4),
         fixed(sum(seconds), 1) if seconds else None,
@@ -69,18 +97,25 @@ def _stage_cells(stage: Stage) -> list[str | None]:
 def judging_sheet(run: Told) -> Sheet:
     """What each round's answers and labels look like."""
     columns = (
-        "round", "pairs", "identical", "ties", "cut at the cap", "longer wins %", "distinct-2 %", "repeated 4-grams %",
+        "round", "pairs", "identical", "ties", "not trained on", "replies unread", "orders disagree %",
+        "reward agrees %", "cut at the cap", "longer wins %", "distinct-2 %", "repeated 4-grams %",
         "going in circles %",
     )  # fmt: skip
     return sheet(columns, [_judging_cells(stage) for stage in run.rounds if stage.row.get("judged")])
 
 
 def _judging_cells(stage: Stage) -> list[str | None]:
-    judged = stage.row["judged"]
+    judged, left_out = stage.row["judged"], (stage.row.get("trained") or {}).get("left_out") or {}
+    other = any(j.judge != "implicit" for j in stage.judgements[:1])  # that the reward agrees with itself says nothing
     lint = judged.get("lint") or (stage.row.get("sampled") or {}).get("lint") or {}
     return [
         stage.name.removeprefix("round "),
-        *[count(judged.get(name)) for name in ("pairs", "identical", "ties", "capped")],
+        *[count(judged.get(name)) for name in ("pairs", "identical", "ties")],
+        count(sum(left_out.values())) if left_out else None,
+        count(judged["unread"]) if judged.get("unread") else None,
+        percent(judged.get("disagree_share")),
+        percent(judged.get("reward_agrees")) if judged.get("rewarded") and other else None,
+        count(judged.get("capped")),
         percent(judged.get("longer_wins")) if judged.get("unequal_lengths") else None,
         *[percent(lint.get(name)) for name in ("distinct_2", "repeat_4", "looping")],
     ]
@@ -121,6 +156,7 @@ def facts(run: Told) -> list[tuple[str, str]]:
         ("run folder", run.folder.name),
         ("state", (run.unfinished and f"not finished; {run.unfinished}") or "finished"),
         ("recipe", f"{r.name} at scale {r.scale}" if r else None),
+        ("made of", one_line(r) if r else None),
         ("model", (r.inputs.model or "the built-in lesson model") if r else None),
         ("judge", _judge(run)),
         ("data", _data(run)),
@@ -153,7 +189,11 @@ def _data(run: Told) -> str | None:
     parts = []
     if (0, "seed") in sizes:
         parts.append(f"{sizes[0, 'seed']} seed pairs")
-    rounds = [size for (number, kind), size in sorted(sizes.items()) if kind == "sample"]
+    rounds = [
+        (stage.row.get("sampled") or {}).get("prompts") or stage.sizes["sample"]
+        for stage in run.stages
+        if "sample" in stage.sizes
+    ]
     if rounds:
         each = str(rounds[0]) if len(set(rounds)) == 1 else " + ".join(map(str, rounds))
         parts.append(f"{each} prompts in each of {len(rounds)} rounds" if "+" not in each else f"{each} prompts")
@@ -200,6 +240,7 @@ def differences(runs: Sequence[Told]) -> Sheet:
         n
         for n in dict.fromkeys(name for one in found for name in one)
         if "_round_" not in n and (n == "gold_score" or not n.startswith("gold_"))
+        if not n.startswith("flagged") or any(refines(run) for run in runs)
     ]
     rows = []
     for run, numbers in zip(runs, found, strict=True):
@@ -232,7 +273,9 @@ def _titled(name: str) -> str:
 
 
 def _measured(name: str, value: float | None) -> str | None:
-    return percent(value) if name in SHARES else fixed(value, 1 if name == "length" else 3)
+    if name in SHARES:
+        return percent(value)
+    return count(value) if name.endswith("tokens") else fixed(value, 1 if name == "length" else 3)
 
 
 def plain(value: Any) -> str:

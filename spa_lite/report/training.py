@@ -27,10 +27,40 @@ from spa_lite.report.drawing import (
     without,
 )
 from spa_lite.report.looks import FEW, looks
+from spa_lite.train import reference_of
 
 SIDES = (("chosen", "logratio_chosen", COLOURS[0], "-"), ("rejected", "logratio_rejected", COLOURS[1], "--"))
-MOVED = "mean log π/π_previous of the chosen and of the rejected answers, summed over tokens, nats"
-MEANING = "It starts at 0 in every stage. Below 0, good answers lose probability, too (displacement)."
+MEANING = "Below 0, good answers lose probability, too (displacement)."
+FROM_ZERO = "It starts at 0 in every stage. "
+LN_2 = {"dpo", "dpo-norm", "dpop"}
+"""Losses that are ln 2 where policy and reference agree."""
+
+
+def moved(runs: Sequence[Told]) -> str:
+    """What the log-ratios of the chosen and the rejected answers are, in words."""
+    fixed = any(run.recipe and reference_of(run.recipe) == "init" for run in runs)
+    reference = "the reference" if len(runs) > 1 and fixed else "π_init" if fixed else "π_previous"
+    return f"mean log π/{reference} of the chosen and of the rejected answers, summed over tokens, nats"
+
+
+def begins_equal(runs: Sequence[Told]) -> bool:
+    """Whether policy and reference agree when a stage begins: it starts from its reference."""
+    return all(
+        run.recipe is None or (run.recipe.carry.start == "prev" and reference_of(run.recipe) == "prev") for run in runs
+    )
+
+
+def begins_at_ln_2(runs: Sequence[Told]) -> bool:
+    """Whether every stage's loss does so."""
+    return begins_equal(runs) and all(
+        run.recipe is None
+        or (
+            run.recipe.loss.kind in LN_2
+            and not (run.recipe.loss.nll or run.recipe.loss.optimism)
+            and run.recipe.seed_dpo.by != "sft"
+        )
+        for run in runs
+    )
 
 
 def displacement(runs: Sequence[Told]) -> Drawn | None:
@@ -39,17 +69,27 @@ def displacement(runs: Sequence[Told]) -> Drawn | None:
 
 
 def _moved_by_step(runs: Sequence[Told]) -> Drawn | None:
-    table = per_step(runs, ("logratio_chosen", "logratio_rejected", "logp_chosen", "logp_rejected"))
+    names = ("logratio_chosen", "logratio_rejected", "logp_chosen", "logp_rejected")
+    table = [  # steps on single answers (SFT) have none that is rejected
+        row for row in per_step(runs, names) if row["logp_rejected"] is not None or row["logratio_rejected"] is not None
+    ]
     if not table:
         return None
+    compared = any(row["logratio_chosen"] is not None for row in table)
     figure, axes = axes_of(2.9)
     by_step(axes, table)
     for side, name, colour, dash in SIDES:
-        step_line(axes, table, name, label=side, color=colour, linestyle=dash)
-    dotted(axes, 0)
-    axes.set_ylabel("log-ratio, nats per answer")
+        step_line(axes, table, name if compared else f"logp_{side}", label=side, color=colour, linestyle=dash)
+    axes.set_ylabel(f"log-{'ratio' if compared else 'probability'}, nats per answer")
     legend_of(figure, axes)
-    caption = f"How far training moves the answers: {MOVED}, in each step's batch. {MEANING}"
+    caption = (
+        "Mean log-probability of the chosen and of the rejected answers, summed over tokens, nats, in each step's "
+        "batch. The loss has no reference, so there is no log-ratio."
+    )
+    if compared:
+        dotted(axes, 0)
+        begin = FROM_ZERO if begins_equal(runs) else ""
+        caption = f"How far training moves the answers: {moved(runs)}, in each step's batch. {begin}{MEANING}"
     return Drawn("displacement", "Chosen and rejected, apart", caption, without(table, "x"), figure)
 
 
@@ -74,8 +114,12 @@ def _moved_by_stage(runs: Sequence[Told]) -> Drawn | None:
         axes.set_ylabel("nats")
     legend_of(figure, grid[0])
     caption = (
-        f"How far training moved the answers in each stage: {MOVED}, mean over the last quarter of its steps. {MEANING}"
+        f"How far training moved the answers in each stage: {moved(runs)}, mean over the last quarter of its steps. "
+        f"{FROM_ZERO if begins_equal(runs) else ''}{MEANING}"
     )
+    if (count := len({row["run"] for row in table})) < len(runs):
+        caption += f" {count} of the {len(runs)} runs ({', '.join(dict.fromkeys(str(row['run']) for row in table))}): "
+        caption += "the losses of the others have no reference."
     return Drawn("displacement", "Chosen and rejected, apart", caption, table, figure)
 
 
@@ -88,12 +132,16 @@ def loss(runs: Sequence[Told]) -> Drawn | None:
     figure, axes = axes_of(2.8 + lines_height(series))
     by_step(axes, table)
     _line_per_run(axes, runs, table, "loss")
-    dotted(axes, math.log(2))
     axes.set_ylabel("loss")
     legend_of(figure, axes)
-    caption = (
-        "Training loss per optimizer step. Every stage starts at ln 2 = 0.693 (dotted): policy and reference agree."
-    )
+    kinds = sorted({run.recipe.loss.kind for run in runs if run.recipe and run.recipe.rounds})
+    named = f" ({', '.join(kinds)})" if kinds else ""
+    caption = f"Training loss per optimizer step{named}."
+    if begins_at_ln_2(runs):
+        dotted(axes, math.log(2))
+        caption += " Every stage starts at ln 2 = 0.693 (dotted): policy and reference agree."
+    elif len(kinds) > 1:
+        caption += " The values of different losses cannot be compared."
     return Drawn("loss", "Loss", caption, without(table, "x"), figure)
 
 
