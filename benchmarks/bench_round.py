@@ -111,8 +111,9 @@ def our_round(options: Options, world: World, judged: list[Judgement]) -> Callab
             run = Run(place / str(next(number)))
             with run.locked(recipe):
                 shop = Workshop(models, recipe, data, run)
-                policy = shop.given_policy()
-                judgements = shop.judge(1, shop.sample(1, policy), policy, None)
+                policy = shop.first_policy()
+                samples = shop.sample(1, shop.prompts(1, policy), policy)
+                judgements = shop.judge(1, samples, policy, None)
                 shop.train(1, judgements, policy)
             judged[:] = read_judgements(run.path(judgements, "judgements.jsonl"))
             return Done(sum(j.tokens_a + j.tokens_b for j in judged) / 1000)

@@ -92,7 +92,7 @@ def test_written_prompts_need_no_data(here: Path, capfd: pytest.CaptureFixture[s
     assert "not in it: the model that judges (reward-model)" in out
 
 
-@pytest.mark.parametrize("backend", ["toy", "torch", "mlx"])
+@pytest.mark.parametrize("backend", ["toy", "torch", pytest.param("mlx", marks=pytest.mark.long)])
 def test_what_is_finished_is_seen(here: Path, capfd: pytest.CaptureFixture[str], backend: str) -> None:
     """Without weights in memory the plan knows the keys of the real run, its folder, and how long stages took."""
     pytest.importorskip({"torch": "torch", "mlx": "mlx.core"}.get(backend, "json"))

@@ -85,7 +85,11 @@ def test_the_gold_control(run: tuple[Path, str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("flag", "value", "count"),
-    [("--measure-prompts", "7", 7), ("--lesson-held-out", "9", 9), ("--lesson-split", "tune", 20)],
+    [
+        ("--measure-prompts", "7", 7),
+        pytest.param("--lesson-held-out", "9", 9, marks=pytest.mark.long),
+        pytest.param("--lesson-split", "tune", 20, marks=pytest.mark.long),
+    ],
 )
 def test_lesson_sizes_matter(run: tuple[Path, str], tmp_path: Path, flag: str, value: str, count: int) -> None:
     """How many held-out prompts, and which."""
@@ -97,6 +101,7 @@ def test_lesson_sizes_matter(run: tuple[Path, str], tmp_path: Path, flag: str, v
     assert same == (value != "tune")
 
 
+@pytest.mark.long
 def test_the_temperature_of_measuring(run: tuple[Path, str], tmp_path: Path) -> None:
     """The same prompts are answered otherwise."""
     done = spa_lite("run", *TINY, "--rounds", "0", "--measure-temp", "0", "--out", "x", "--no-report", cwd=tmp_path)

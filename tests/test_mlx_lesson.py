@@ -120,7 +120,7 @@ def test_mlx_judges_what_torch_sampled(finished: dict[str, Path]) -> None:
         assert row["margin, largest difference"] < 1e-3
 
 
-@pytest.mark.parametrize(("first", "second"), [("mlx", "torch"), ("torch", "mlx")])
+@pytest.mark.parametrize(("first", "second"), [pytest.param("mlx", "torch", marks=pytest.mark.long), ("torch", "mlx")])
 def test_a_run_goes_on_with_the_other_backend(
     finished: dict[str, Path], tmp_path: Path, first: str, second: str
 ) -> None:
@@ -144,6 +144,7 @@ def test_a_run_goes_on_with_the_other_backend(
     )
 
 
+@pytest.mark.long
 def test_judging_by_hand_agrees(tmp_path: Path) -> None:
     """`spa-lite judge` with the shipped seed adapter, on either backend."""
     with (tmp_path / "pairs.jsonl").open("wb") as file:
