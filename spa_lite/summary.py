@@ -118,7 +118,7 @@ def _about_judge(judged: Mapping[str, Any], recipe: Recipe) -> Iterator[str]:
     if (share := judged.get("disagree_share", 0)) > PLACES:
         yield (
             f"in {100 * share:.0f} % of the pairs the judge prefers the other answer when both change places (position "
-            "bias); its labels say little"
+            "bias); where both orders disagree its label is little more than a guess"
         )
     if judged.get("unequal_lengths", 0) >= 50 and not 0.2 < judged["longer_wins"] < 0.8:
         way = "longer" if judged["longer_wins"] > 0.5 else "shorter"
