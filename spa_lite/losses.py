@@ -21,7 +21,7 @@ import numpy as np
 
 from spa_lite.backend import Batch, Floats, StepStats
 from spa_lite.errors import RecipeError
-from spa_lite.objective import log_sigmoid, pair_places, refined_loss, refined_slope
+from spa_lite.objective import Forgetful, log_sigmoid, pair_places, refined_loss, refined_slope
 
 if TYPE_CHECKING:
     from spa_lite.recipe import LossSettings, Recipe
@@ -304,7 +304,7 @@ def dpo(beta: float) -> Pairs:
     return Pairs(of_difference(ratio, logistic, beta))
 
 
-class Pairs:
+class Pairs(Forgetful):
     """A loss as training takes it: of flat arrays over responses, chosen first, then rejected, then perhaps a third.
 
     `optimism`, alpha * beta of SELM (2405.19332), takes likelihood off the third: + optimism * log pi / ref.
@@ -312,20 +312,6 @@ class Pairs:
 
     def __init__(self, loss: Loss, reference: bool = True, optimism: float = 0.0) -> None:
         self.loss, self.reference, self.optimism = loss, reference, optimism
-
-    def begin_step(self, batch: Sequence[Example]) -> None:
-        """Nothing to look at."""
-
-    def end_step(self, stats: StepStats) -> None:
-        """Nothing to count."""
-
-    @property
-    def memory(self) -> dict[str, Any]:
-        """Nothing to remember."""
-        return {}
-
-    def remember(self, memory: dict[str, Any]) -> None:
-        """Nothing to go back to."""
 
     def margins(self, batch: Batch, logp: Floats) -> Floats:
         """beta times the differences of scores."""

@@ -162,6 +162,24 @@ class PairLoss(Protocol):
         ...
 
 
+class Forgetful:
+    """What looks at each batch alone: nothing is known beforehand, and nothing remembered."""
+
+    def begin_step(self, batch: Sequence[Example]) -> None:
+        """Nothing to look at."""
+
+    def end_step(self, stats: StepStats) -> None:
+        """Nothing to count."""
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """Nothing to remember."""
+        return {}
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        """Nothing to go back to."""
+
+
 class Plain:
     """A loss of pairs as it is; every label is taken to be wrong with probability `doubt`."""
 

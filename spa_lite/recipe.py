@@ -384,7 +384,7 @@ class LossSettings:
     )
     optimism: Nonnegative = setting(
         0.0,
-        "Weight of SELM's optimism: takes likelihood off the policy's own greedy answer.",
+        "Weight of SELM's optimism: takes likelihood off the policy's own answer.",
         "judge",
         "train",
         flag="--optimism",

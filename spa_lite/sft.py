@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from spa_lite.backend import Backend, Batch, Outcome, StepStats
+from spa_lite.backend import Backend, Batch, Outcome
 from spa_lite.checkpoint import Checkpoints
 from spa_lite.data import conversation_key
 from spa_lite.encode import EncodeReport, encode_answers
@@ -23,12 +23,13 @@ from spa_lite.errors import RecipeError
 from spa_lite.events import Report, Tick, silent, unheard
 from spa_lite.judge import scored
 from spa_lite.keys import digest
+from spa_lite.objective import Forgetful
 from spa_lite.recipe import Recipe
 from spa_lite.records import Message, Row
 from spa_lite.train import Example, Plan, train
 
 
-class Sft:
+class Sft(Forgetful):
     """Negative log-likelihood per token of the one answer of each row: c = -1 / |y|. It needs no reference, and
     remembers nothing."""
 
@@ -39,20 +40,6 @@ class Sft:
         if len(batch.row) != len(np.unique(batch.row)):
             raise RecipeError("supervised fine-tuning needs rows of exactly one answer")
         return Outcome(-batch.logp / batch.tokens, -1.0 / batch.tokens)
-
-    def begin_step(self, batch: Sequence[Example]) -> None:
-        """Nothing is known of the rows beforehand."""
-
-    def end_step(self, stats: StepStats) -> None:
-        """Nothing changes from step to step."""
-
-    @property
-    def memory(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def remember(self, memory: dict[str, Any]) -> None:
-        """There is nothing to go back to."""
 
 
 def sft_plan(recipe: Recipe, rows: int) -> Plan:
